@@ -1,0 +1,7 @@
+"""From weights and a prompt to text. Never imports `train`.
+
+sampling.py  how to choose the next token
+decode.py    prefill and the plain decoding loop: the oracle of every faster method
+requests.py  what goes into the engine and what comes out
+engine.py    the public Engine
+"""

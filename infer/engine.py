@@ -1,0 +1,468 @@
+"""The public engine: prompts in, results or a stream of deltas out.
+
+A call fills up to `max_seqs` slots with prompts, lets one compiled loop advance all of them by a chunk of tokens,
+looks at the new tokens on the host (stop strings, timeouts, aborts), and hands slots that became free to waiting
+prompts. Slot count, capacity and prefill chunk are powers of two, so after each shape has been seen once nothing
+compiles again, whatever the settings. The host reads one small set of arrays per chunk.
+"""
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Self, overload
+
+import jax
+import numpy as np
+
+from ..models.decoder import Model, Params, unstack_layers
+from ..models.tokenizer import Tokenizer
+from . import decode as device
+from .requests import (
+    Answer,
+    AnswerStream,
+    Delta,
+    FinishReason,
+    Prompt,
+    Request,
+    RequestError,
+    Result,
+    Timings,
+    TokenLogprob,
+    make_request,
+    split_prompts,
+)
+from .sampling import MAX_LOGPROBS, Sampling, pack_sampling
+
+log = logging.getLogger(__name__)
+
+CHUNK, STREAM_CHUNK = 32, 4  # tokens per device call: how late a stop string or an abort may be noticed
+PREFILL_CHUNK = 256
+MIN_CAPACITY = 64
+
+
+class _Slot(NamedTuple):
+    """Which sample occupies a row of the device's batch."""
+
+    request: int  # index into the call
+    stream: AnswerStream
+    queued: float  # seconds it waited
+    prefilled: float  # seconds its prefill took
+    started: float
+
+
+class Engine:
+    """Generates text with one model.
+
+    Use as a context manager, or call `close`. Calls from several threads take turns, a chunk of tokens each.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_len: int | None = None,
+        max_seqs: int = 8,
+        kv_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        logprobs_mode: device.LogprobsMode = "raw",
+        seed: int = 0,
+    ):
+        """Take a model into service.
+
+        Args:
+          model: config and parameters, as `jaxaroo.load` gives them; stacked layers are unstacked.
+          tokenizer: needed for text, chat and stop strings; token ids work without.
+          max_len: tokens per sequence, prompt and answer together; None is what the model was trained for.
+          max_seqs: sequences decoded at the same time.
+          kv_dtype: of keys and values; None is that of the activations.
+          logprobs_mode: report the model's own distribution, or the one sampled from (policy-gradient training).
+          seed: of the stream that seeds requests without a seed of their own.
+        """
+        if max_len is not None and max_len < 2:
+            raise ValueError(f"Engine: max_len={max_len}; expected at least 2, a prompt token and an answer token.")
+        if max_seqs < 1:
+            raise ValueError(f"Engine: max_seqs={max_seqs}; expected at least 1.")
+        if logprobs_mode not in ("raw", "processed"):
+            raise ValueError(f"Engine: logprobs_mode={logprobs_mode!r}; expected 'raw' or 'processed'.")
+        self.config, self.tokenizer = model.config, tokenizer
+        self.max_len, self.max_seqs = max_len or model.config.max_positions, max_seqs
+        self._params: Params | None = unstack_layers(model.params)
+        self._kv_dtype, self._mode = kv_dtype, logprobs_mode
+        self._eos = frozenset(model.config.eos_ids) | frozenset(tokenizer.eos_ids if tokenizer else ())
+        self._seeds = np.random.default_rng(seed)
+        self._ids = itertools.count()
+        self._lock = threading.Lock()
+        self._active: set[str] = set()
+        self._aborted: set[str] = set()
+        self._stats = dict.fromkeys(
+            ("requests", "failed_requests", "prompt_tokens", "generated_tokens", "invalid_rows", "device_calls"), 0
+        ) | {"prefill_seconds": 0.0, "decode_seconds": 0.0}
+
+    # ---------------------------------------------------------------------------------------------------- generation
+    @overload
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        stream: Literal[False] = False,
+        timeout: float | None = None,
+        raise_on_error: bool = False,
+    ) -> list[Result]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        stream: Literal[True],
+        timeout: float | None = None,
+        raise_on_error: bool = False,
+    ) -> Iterator[Delta]: ...
+
+    def generate(self, prompts, sampling=None, *, stream=False, timeout=None, raise_on_error=False):
+        """Answer prompts.
+
+        Args:
+          prompts: a string, token ids or chat messages, or a list of these.
+          sampling: one for all, or one for each prompt.
+          stream: return an iterator of deltas instead of a list; each request's last delta carries its result.
+          timeout: seconds after which unfinished answers end with `abort`, their text so far kept.
+          raise_on_error: raise a request's error instead of reporting it in its result.
+
+        Returns:
+          One result for each prompt, in their order; or the iterator of deltas.
+        """
+        items = split_prompts(prompts)
+        settings = [sampling or Sampling()] * len(items) if isinstance(sampling, Sampling | None) else list(sampling)
+        if len(settings) != len(items):
+            raise ValueError(
+                f"generate: {len(settings)} sampling settings for {len(items)} prompts; expected one each."
+            )
+        if timeout is not None and timeout <= 0:
+            raise ValueError(f"generate: timeout={timeout}; expected seconds > 0, or None.")
+        requests = [self._admit(p, s, raise_on_error) for p, s in zip(items, settings, strict=True)]
+        deltas = self._run(requests, STREAM_CHUNK if stream else CHUNK, timeout, raise_on_error)
+        if stream:
+            return deltas
+        results = {d.result.id: d.result for d in deltas if d.result is not None}
+        return [results[r.id] for r in requests]
+
+    async def agenerate(
+        self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None, **options: Any
+    ) -> AsyncIterator[Delta]:
+        """The stream of `generate`, without blocking the event loop; leaving the iterator early aborts the rest."""
+        deltas = self.generate(prompts, sampling, stream=True, **options)
+        try:
+            while (delta := await asyncio.to_thread(next, deltas, None)) is not None:
+                yield delta
+        finally:
+            await asyncio.to_thread(deltas.close)  # type: ignore[attr-defined]
+
+    def score(self, prompts: Prompt | Sequence[Prompt], *, top: int = 0) -> list[Result]:
+        """Log-probability of every prompt token given those before it; nothing is generated."""
+        results = []
+        for prompt in split_prompts(prompts):
+            request = self._admit(prompt, Sampling(max_tokens=None, prompt_logprobs=top), False, answer=False)
+            if isinstance(request, Result):
+                results.append(request)
+                continue
+            start = time.perf_counter()
+            with self._lock:
+                scores = self._score(request)
+            spent = Timings(0.0, time.perf_counter() - start, 0.0)
+            results.append(Result(request.id, request.token_ids, [], scores, spent, None))
+        return results
+
+    # ------------------------------------------------------------------------------------------------------- control
+    def abort(self, request_id: str | None = None) -> None:
+        """End one request, or all that run now, at the next chunk; their text so far is kept."""
+        self._aborted |= self._active if request_id is None else {request_id} & self._active
+
+    def update_weights(self, params: Params) -> None:
+        """Serve other weights of the same shapes and dtypes from the next call on; nothing compiles again."""
+        new = unstack_layers(params)
+        describe = lambda t: jax.tree.map(lambda w: (w.shape, str(w.dtype)), t)
+        old_shapes, new_shapes = describe(self._live_params()), describe(new)
+        if old_shapes != new_shapes:
+            raise ValueError("update_weights: the tree, a shape or a dtype differs from the served model's.")
+        with self._lock:
+            self._params = new
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the engine was made; seconds are of device calls, compilation included."""
+        return dict(self._stats)
+
+    def close(self) -> None:
+        """Let go of the weights; later calls are errors."""
+        self.abort()
+        with self._lock:
+            self._params = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None):
+        self.close()
+
+    # --------------------------------------------------------------------------------------------------- admission
+    def _admit(self, prompt: Any, sampling: Sampling, raise_on_error: bool, answer: bool = True) -> Request | Result:
+        request_id = str(next(self._ids))
+        seed = int(self._seeds.integers(2**32)) if sampling.seed is None else sampling.seed
+        self._stats["requests"] += 1
+        try:
+            return make_request(
+                request_id,
+                prompt,
+                sampling,
+                seed,
+                tokenizer=self.tokenizer,
+                vocab_size=self.config.vocab_size,
+                max_len=self.max_len if answer else self.max_len + 1,
+            )
+        except RequestError as e:
+            if raise_on_error:
+                raise
+            return self._failed(request_id, [], e)
+
+    def _failed(self, request_id: str, ids: list[int], error: RequestError) -> Result:
+        self._stats["failed_requests"] += 1
+        return Result(request_id, ids, [], None, Timings(0.0, 0.0, 0.0), error)
+
+    def _live_params(self) -> Params:
+        if self._params is None:
+            raise RuntimeError("Engine: found it closed; expected an open one. Make a new Engine.")
+        return self._params
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+    def _run(
+        self, requests: list[Request | Result], chunk: int, timeout: float | None, raise_on_error: bool
+    ) -> Iterator[Delta]:
+        for r in requests:
+            if isinstance(r, Result):
+                yield Delta(r.id, 0, "", [], "error", r)
+        good = [r for r in requests if isinstance(r, Request)]
+        if not good:
+            return
+        ids = {r.id for r in good}
+        self._active |= ids
+        try:
+            for delta in _Call(self, good, chunk, time.perf_counter() + timeout if timeout else None).deltas():
+                if raise_on_error and delta.result is not None and delta.result.error is not None:
+                    raise delta.result.error
+                yield delta
+        finally:
+            self._active -= ids
+            self._aborted -= ids
+
+    def _score(self, request: Request) -> list[TokenLogprob | None]:
+        ids, top = request.token_ids, request.sampling.prompt_logprobs
+        assert top is not None
+        T = _bucket(len(ids), 16)
+        tokens = np.zeros((1, T), np.int32)
+        tokens[0, : len(ids)] = ids
+        scores = device.score_prompt(
+            self.config, self._live_params(), tokens, chunk=min(T, PREFILL_CHUNK), top_n=MAX_LOGPROBS if top else 0
+        )
+        host = jax.device_get(scores)
+        return [None] + [_logprob(ids[t + 1], host, (0, t), top) for t in range(len(ids) - 1)]
+
+
+class _Call:
+    """One call of `generate`: the queue, the slots, and the arrays on the device."""
+
+    def __init__(self, engine: Engine, requests: list[Request], chunk: int, deadline: float | None):
+        self.engine, self.requests, self.chunk, self.deadline = engine, requests, chunk, deadline
+        self.params = engine._live_params()
+        self.began = time.perf_counter()
+        self.waiting = deque((r, i) for r in range(len(requests)) for i in range(requests[r].sampling.n))
+        total = max(len(r.token_ids) + r.max_tokens for r in requests)
+        self.capacity = _bucket(total, MIN_CAPACITY)
+        self.batch = min(_bucket(len(self.waiting)), engine.max_seqs)
+        self.biased = _bucket(max(len(r.sampling.logit_bias) for r in requests), 0)
+        self.stops = _bucket(max(len(engine._eos | set(r.sampling.stop_token_ids)) for r in requests), 8)
+        self.top_n = MAX_LOGPROBS if any(r.sampling.logprobs for r in requests) else 0
+        self.slots: list[_Slot | None] = [None] * self.batch
+        self.answers: list[dict[int, tuple[Answer, Timings]]] = [{} for _ in requests]
+        self.errors: dict[int, RequestError] = {}
+        _check_memory(engine, self.batch, self.capacity)
+
+    def deltas(self) -> Iterator[Delta]:
+        """Run until every sample has ended."""
+        engine = self.engine
+        state, rows = self._admit(None, None, list(range(self.batch)))
+        yield from self._harvest(state)
+        while any(self.slots) or self.waiting:
+            free = [i for i, s in enumerate(self.slots) if s is None]
+            if self.waiting and free:
+                state, rows = self._admit(state, rows, free)
+            else:
+                halt = np.array([s is None for s in self.slots])
+                steps = np.int32(self.chunk)
+                with engine._lock:
+                    start = time.perf_counter()
+                    state = device.decode(engine.config, self.params, state, rows, halt, steps, mode=engine._mode)
+                    jax.block_until_ready(state.filled)
+                    engine._stats["decode_seconds"] += time.perf_counter() - start
+                engine._stats["device_calls"] += 1
+            yield from self._harvest(state)
+
+    def _admit(self, state, rows, free: list[int]):
+        """Prefill waiting samples into free slots; the first admission makes the state."""
+        engine, start = self.engine, time.perf_counter()
+        taken = [self.waiting.popleft() for _ in range(min(len(free), len(self.waiting)))]
+        width = self.batch if state is None else _bucket(len(taken))
+        requests = [self.requests[r] for r, _ in taken]
+        pad = width - len(taken)
+        longest = max(len(r.token_ids) for r in requests)
+        tokens = np.zeros((width, self.capacity), np.int32)
+        stop_ids = np.full((width, self.stops), -1, np.int32)
+        for row, request in enumerate(requests):
+            tokens[row, : len(request.token_ids)] = request.token_ids
+            ids = sorted(self._stop_ids(request))
+            stop_ids[row, : len(ids)] = ids
+        samples = [(q.sampling, q.seed, i) for q, (_, i) in zip(requests, taken, strict=True)]
+        greedy = Sampling(temperature=0.0)
+        new_rows = device.Rows(
+            sampling=pack_sampling(samples + [(greedy, 0, 0)] * pad, self.biased, engine.config.vocab_size),
+            prompt_length=_int32([len(q.token_ids) for q in requests] + [1] * pad),
+            limit=_int32([len(q.token_ids) + q.max_tokens for q in requests] + [0] * pad),
+            stop_ids=_int32(stop_ids),
+        )
+        with engine._lock:
+            new_state = device.prefill(
+                engine.config,
+                self.params,
+                tokens,
+                new_rows,
+                chunk=min(_bucket(longest, 16), PREFILL_CHUNK),
+                top_n=self.top_n,
+                mode=engine._mode,
+                cache_dtype=engine._kv_dtype,
+            )
+            if state is None:
+                state, rows = new_state, new_rows
+            else:
+                slots = np.array(free[: len(taken)] + [self.batch] * pad, np.int32)
+                state, rows = device.insert(state, rows, new_state, new_rows, slots)
+            jax.block_until_ready(state.filled)
+        spent = time.perf_counter() - start
+        engine._stats["prefill_seconds"] += spent
+        engine._stats["prompt_tokens"] += sum(len(q.token_ids) for q in requests)
+        for slot, (r, i) in zip(free, taken, strict=False):
+            stream = AnswerStream(self.requests[r], i, engine.tokenizer, self._stop_ids(self.requests[r]))
+            self.slots[slot] = _Slot(r, stream, start - self.began, spent, time.perf_counter())
+        return state, rows
+
+    def _harvest(self, state: device.DecodeState) -> Iterator[Delta]:
+        """Read what the device wrote, end rows that are done, free their slots."""
+        tokens, filled, status, scores = jax.device_get((state.tokens, state.filled, state.status, state.scores))
+        ended: dict[int, FinishReason | None] = {
+            device.RUNNING: None,
+            device.STOPPED: "stop",
+            device.FULL: "length",
+            device.INVALID: "error",
+        }
+        cut = self._cut_requests()
+        for row, slot in enumerate(self.slots):
+            if slot is None:
+                continue
+            request, stream = self.requests[slot.request], slot.stream
+            begin = len(request.token_ids) + len(stream.token_ids)
+            reason = ended[int(status[row])] or ("abort" if slot.request in cut else None)
+            if reason == "error":
+                message = "numerical_error: the model's logits held NaN or infinity; the answer ends here."
+                self.errors[slot.request] = RequestError(message, kind="numerical_error")
+                self.engine._stats["invalid_rows"] += 1
+            delta = stream.push(tokens[row, begin : filled[row]].tolist(), reason)
+            if delta.finish_reason is not None:
+                self._finish(row, slot, scores)
+                delta = dataclasses.replace(delta, result=self._result(slot.request))
+            if delta.token_ids or delta.text or delta.finish_reason:
+                yield delta
+        for r, i in [w for w in self.waiting if w[0] in cut]:
+            self.waiting.remove((r, i))
+            stream = AnswerStream(self.requests[r], i, self.engine.tokenizer, frozenset())
+            delta = stream.push([], "abort")  # never started: an empty answer
+            waited = Timings(time.perf_counter() - self.began, 0.0, 0.0)
+            self.answers[r][i] = (stream.answer([], 0.0), waited)
+            yield dataclasses.replace(delta, result=self._result(r))
+
+    def _cut_requests(self) -> set[int]:
+        """Which requests were aborted, or ran out of time."""
+        if self.deadline is not None and time.perf_counter() > self.deadline:
+            return set(range(len(self.requests)))
+        return {r for r, request in enumerate(self.requests) if request.id in self.engine._aborted}
+
+    def _finish(self, row: int, slot: _Slot, scores) -> None:
+        request, stream = self.requests[slot.request], slot.stream
+        first, now = len(request.token_ids), time.perf_counter()
+        places = range(first, first + len(stream.token_ids))
+        top = request.sampling.logprobs or 0
+        logprobs = [_logprob(t, scores, (row, p), top) for t, p in zip(stream.token_ids, places, strict=True)]
+        answer = stream.answer(logprobs, float(sum(p.logprob for p in logprobs)))
+        timings = Timings(slot.queued, slot.prefilled, now - slot.started)
+        self.answers[slot.request][stream.index] = (answer, timings)
+        self.engine._stats["generated_tokens"] += len(stream.token_ids)
+        self.slots[row] = None
+
+    def _result(self, r: int) -> Result | None:
+        """The request's result, once all its samples have ended."""
+        request, done = self.requests[r], self.answers[r]
+        if len(done) < request.sampling.n:
+            return None
+        if r in self.errors:
+            self.engine._stats["failed_requests"] += 1
+        spent = [t for _, t in done.values()]
+        prompt = self.engine._score(request) if request.sampling.prompt_logprobs is not None else None
+        return Result(
+            request.id,
+            request.token_ids,
+            [done[i][0] for i in sorted(done)],
+            prompt,
+            Timings(*(max(column) for column in zip(*spent, strict=True))),
+            self.errors.get(r),
+        )
+
+    def _stop_ids(self, request: Request) -> frozenset[int]:
+        eos = frozenset() if request.sampling.ignore_eos else self.engine._eos
+        return eos | frozenset(request.sampling.stop_token_ids)
+
+
+def _bucket(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least n; `least` when n is no more than that."""
+    return least if n <= least else 1 << (n - 1).bit_length()
+
+
+def _int32(values: Any) -> Any:
+    """A NumPy array where types say array: it reaches the device with the call that takes it."""
+    return np.asarray(values, np.int32)
+
+
+def _logprob(token: int, scores: Any, at: tuple[int, int], top: int) -> TokenLogprob:
+    pairs = zip(scores.top_ids[at][:top].tolist(), scores.top[at][:top].tolist(), strict=True)
+    return TokenLogprob(token, float(scores.chosen[at]), tuple(pairs))
+
+
+def _check_memory(engine: Engine, batch: int, capacity: int) -> None:
+    """Refuse a cache that cannot fit, before the device says so in its own words."""
+    cfg = engine.config
+    device_ = next(iter(jax.tree.leaves(engine._live_params())[0].devices()))
+    limits = device_.memory_stats() or {}
+    if "bytes_limit" not in limits:
+        return
+    width = np.dtype(engine._kv_dtype or cfg.dtype).itemsize if (engine._kv_dtype or cfg.dtype) != "bfloat16" else 2
+    need = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * batch * capacity * width
+    free = limits["bytes_limit"] - limits.get("bytes_in_use", 0)
+    if need > free:
+        raise MemoryError(
+            f"generate: the cache of {batch} sequences of {capacity} tokens needs {need / 2**30:.2f} GiB; "
+            f"{free / 2**30:.2f} GiB are free on {device_}. Lower max_seqs or max_tokens, or set kv_dtype."
+        )

@@ -1,0 +1,4 @@
+"""Where arrays live. The lowest floor: nothing here knows what a model is.
+
+rules.py  logical axes of weights and activations -> axes of the device mesh
+"""
