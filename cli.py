@@ -216,7 +216,7 @@ def info(folder: tyro.conf.Positional[Path], *, json: bool = False) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------- quick start
-def quickstart(*, out: Path = Path("quickstart-out"), seconds: float = 60.0, prompt: str = "There was ") -> int:
+def quickstart(*, out: Path = Path("quickstart-out"), seconds: float = 60.0, prompt: str = "There was movement") -> int:
     """Train a tiny byte-level model on three poems, write it in Hugging Face format, load it again, let it speak.
 
     Args:
@@ -239,7 +239,7 @@ def quickstart(*, out: Path = Path("quickstart-out"), seconds: float = 60.0, pro
     folder = out / "checkpoint"
     if out.exists() and any(p.name != "checkpoint" for p in out.iterdir()):
         raise FileExistsError(f"quickstart: {out} holds other files; expected a new folder. Choose another --out.")
-    tokenizer = byte_tokenizer()
+    tokenizer, steps, length = byte_tokenizer(), 400, 160
     cfg = DecoderConfig(
         vocab_size=tokenizer.vocab_size,
         embed_dim=128,
@@ -248,11 +248,10 @@ def quickstart(*, out: Path = Path("quickstart-out"), seconds: float = 60.0, pro
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
-        max_positions=1024,
+        max_positions=length,
         tie_embeddings=True,
         eos_ids=tokenizer.eos_ids,
     )
-    steps = 400
     tx = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(optax.warmup_cosine_decay_schedule(0, 3e-3, 20, steps))
     )
@@ -260,7 +259,7 @@ def quickstart(*, out: Path = Path("quickstart-out"), seconds: float = 60.0, pro
     print(
         f"training {sum(p.size for p in jax.tree.leaves(params)):,} parameters on {jax.devices()[0]}", file=sys.stderr
     )
-    batches = windows(tokenizer.encode(read_verse(), bos=False), batch=16, length=128, seed=0)
+    batches = windows(tokenizer.encode(read_verse(), bos=False), batch=12, length=length, seed=0)
     state, records = fit(
         init_state(params, tx), make_train_step(cfg, tx), batches, steps=steps, seconds=seconds, progress=True
     )
@@ -271,7 +270,7 @@ def quickstart(*, out: Path = Path("quickstart-out"), seconds: float = 60.0, pro
     print(f"wrote {folder}; loading it again\n", file=sys.stderr)
     with Engine(load(folder), load_tokenizer(folder)) as engine:
         print(prompt, end="", flush=True)
-        for delta in engine.generate(prompt, Sampling(max_tokens=400, temperature=0.5, seed=0), stream=True):
+        for delta in engine.generate(prompt, Sampling(max_tokens=128, temperature=0.5, seed=0), stream=True):
             print(delta.text, end="", flush=True)
     print(f'\n\nmore: jaxaroo generate --model {folder} --prompt "And Clancy"', file=sys.stderr)
     return 0

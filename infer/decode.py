@@ -100,7 +100,7 @@ def prefill(
     state = DecodeState(
         tokens=tokens,
         filled=rows.prompt_length,
-        status=jnp.where(rows.limit > rows.prompt_length, RUNNING, FULL),
+        status=jnp.where(rows.limit > rows.prompt_length, RUNNING, FULL).astype(jnp.int32),  # never weakly typed
         scores=TokenScores(jnp.zeros((B, S)), jnp.zeros((B, S, n), jnp.int32), jnp.zeros((B, S, n))),
         counts=Counts(seen, jnp.zeros((B, cfg.vocab_size), jnp.int32)),
         cache=cache._replace(length=rows.prompt_length),
@@ -135,7 +135,7 @@ def decode(
         token = jnp.take_along_axis(state.tokens, position, axis=1, mode="clip")
         out = forward(cfg, params, token, position, cache=state.cache)
         assert out.cache is not None
-        length = state.cache.length + (state.status == RUNNING)
+        length = state.cache.length + (state.status == RUNNING).astype(jnp.int32)
         state = state._replace(cache=out.cache._replace(length=length))
         return i + 1, _emit(cfg, params, state, rows, out.hidden, mode)
 
@@ -193,7 +193,7 @@ def _emit(
     live = running & finite
     B, S = state.tokens.shape
     row, at = jnp.arange(B), jnp.where(live, state.filled, S)  # rows that do not run write nothing
-    filled = state.filled + live
+    filled = state.filled + live.astype(jnp.int32)
     ended = jnp.any(token[:, None] == rows.stop_ids, axis=-1)
     status = jnp.where(ended, STOPPED, jnp.where(filled >= rows.limit, FULL, RUNNING))
     put = lambda old, new: old.at[row, at].set(new, mode="drop")

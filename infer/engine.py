@@ -2,8 +2,9 @@
 
 A call fills up to `max_seqs` slots with prompts, lets one compiled loop advance all of them by a chunk of tokens,
 looks at the new tokens on the host (stop strings, timeouts, aborts), and hands slots that became free to waiting
-prompts. Slot count, capacity and prefill chunk are powers of two, so after each shape has been seen once nothing
-compiles again, whatever the settings. The host reads one small set of arrays per chunk.
+prompts, one at a time unless all are free. Slots, capacity and the prefill's chunk come in powers of two or four, so
+after a shape has been seen once nothing compiles again, whatever the settings. The host reads one small set of arrays
+per chunk.
 """
 
 import asyncio
@@ -41,8 +42,9 @@ from .sampling import MAX_LOGPROBS, Sampling, pack_sampling
 
 log = logging.getLogger(__name__)
 
-CHUNK, STREAM_CHUNK = 32, 4  # tokens per device call: how late a stop string or an abort may be noticed
-PREFILL_CHUNK = 256
+# Tokens per device call: how late a stop string, an abort or, while prompts wait, a free slot may be noticed.
+CHUNK, BUSY_CHUNK, STREAM_CHUNK = 32, 8, 4
+PREFILL_CHUNKS = 16, 64, 256  # positions per forward pass, by the longest prompt
 MIN_CAPACITY = 64
 
 
@@ -269,7 +271,7 @@ class Engine:
         tokens = np.zeros((1, T), np.int32)
         tokens[0, : len(ids)] = ids
         scores = device.score_prompt(
-            self.config, self._live_params(), tokens, chunk=min(T, PREFILL_CHUNK), top_n=MAX_LOGPROBS if top else 0
+            self.config, self._live_params(), tokens, chunk=min(T, PREFILL_CHUNKS[-1]), top_n=MAX_LOGPROBS if top else 0
         )
         host = jax.device_get(scores)
         return [None] + [_logprob(ids[t + 1], host, (0, t), top) for t in range(len(ids) - 1)]
@@ -305,7 +307,7 @@ class _Call:
                 state, rows = self._admit(state, rows, free)
             else:
                 halt = np.array([s is None for s in self.slots])
-                steps = np.int32(self.chunk)
+                steps = np.int32(min(self.chunk, BUSY_CHUNK) if self.waiting else self.chunk)
                 with engine._lock:
                     start = time.perf_counter()
                     state = device.decode(engine.config, self.params, state, rows, halt, steps, mode=engine._mode)
@@ -315,10 +317,10 @@ class _Call:
             yield from self._harvest(state)
 
     def _admit(self, state, rows, free: list[int]):
-        """Prefill waiting samples into free slots; the first admission makes the state."""
+        """Prefill waiting samples: into all slots at once, which makes a new state, or into one that is free."""
         engine, start = self.engine, time.perf_counter()
-        taken = [self.waiting.popleft() for _ in range(min(len(free), len(self.waiting)))]
-        width = self.batch if state is None else _bucket(len(taken))
+        width = self.batch if len(free) == self.batch else 1
+        taken = [self.waiting.popleft() for _ in range(min(width, len(self.waiting)))]
         requests = [self.requests[r] for r, _ in taken]
         pad = width - len(taken)
         longest = max(len(r.token_ids) for r in requests)
@@ -342,16 +344,15 @@ class _Call:
                 self.params,
                 tokens,
                 new_rows,
-                chunk=min(_bucket(longest, 16), PREFILL_CHUNK),
+                chunk=min(next(c for c in PREFILL_CHUNKS if c >= longest or c == PREFILL_CHUNKS[-1]), self.capacity),
                 top_n=self.top_n,
                 mode=engine._mode,
                 cache_dtype=engine._kv_dtype,
             )
-            if state is None:
+            if width == self.batch:
                 state, rows = new_state, new_rows
             else:
-                slots = np.array(free[: len(taken)] + [self.batch] * pad, np.int32)
-                state, rows = device.insert(state, rows, new_state, new_rows, slots)
+                state, rows = device.insert(state, rows, new_state, new_rows, _int32(free[:1]))
             jax.block_until_ready(state.filled)
         spent = time.perf_counter() - start
         engine._stats["prefill_seconds"] += spent
@@ -453,16 +454,17 @@ def _logprob(token: int, scores: Any, at: tuple[int, int], top: int) -> TokenLog
 
 def _check_memory(engine: Engine, batch: int, capacity: int) -> None:
     """Refuse a cache that cannot fit, before the device says so in its own words."""
-    cfg = engine.config
-    device_ = next(iter(jax.tree.leaves(engine._live_params())[0].devices()))
-    limits = device_.memory_stats() or {}
-    if "bytes_limit" not in limits:
-        return
-    width = np.dtype(engine._kv_dtype or cfg.dtype).itemsize if (engine._kv_dtype or cfg.dtype) != "bfloat16" else 2
+    cfg, free = engine.config, _free_bytes(engine._live_params())
+    width = jax.numpy.dtype(engine._kv_dtype or cfg.dtype).itemsize
     need = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * batch * capacity * width
-    free = limits["bytes_limit"] - limits.get("bytes_in_use", 0)
-    if need > free:
+    if free is not None and need > free:
         raise MemoryError(
             f"generate: the cache of {batch} sequences of {capacity} tokens needs {need / 2**30:.2f} GiB; "
-            f"{free / 2**30:.2f} GiB are free on {device_}. Lower max_seqs or max_tokens, or set kv_dtype."
+            f"{free / 2**30:.2f} GiB are free. Lower max_seqs or max_tokens, or set kv_dtype."
         )
+
+
+def _free_bytes(params: Params) -> int | None:
+    """What the device that holds the weights has left; None where it does not say (CPU)."""
+    stats = next(iter(jax.tree.leaves(params)[0].devices())).memory_stats() or {}
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None

@@ -197,8 +197,8 @@ def _penalise(logits, s: SamplingArrays, counts: Counts):
     seen = counts.in_prompt | (counts.in_answer > 0)
     r = s.repetition[:, None]
     logits = jnp.where(seen, jnp.where(logits > 0, logits / r, logits * r), logits)
-    answered = counts.in_answer.astype(jnp.float32)
-    return logits - s.presence[:, None] * (answered > 0) - s.frequency[:, None] * answered
+    count = counts.in_answer.astype(jnp.float32)
+    return logits - s.presence[:, None] * jnp.minimum(count, 1) - s.frequency[:, None] * count
 
 
 def _truncate(logits, s: SamplingArrays):

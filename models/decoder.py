@@ -400,10 +400,10 @@ def logits(
     ids = jnp.asarray(input_ids)
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"logits: input_ids of shape {ids.shape}, {ids.dtype}; expected integers of shape [B, T].")
-    keep = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask)
+    keep = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
     if keep.shape != ids.shape:
         raise ValueError(f"logits: attention_mask of shape {keep.shape}; expected {ids.shape}, that of input_ids.")
-    return _masked_logits(model.config, model.params, ids, keep != 0)
+    return _masked_logits(model.config, model.params, ids, keep)
 
 
 # ----------------------------------------------------------------------------------------------------------- private

@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import reprlib
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from ..sharding.rules import REPLICATED, Rules
 from .decoder import DecoderConfig, Model, Params, RopeScaling, param_axes, param_shapes
-from .safetensors import CheckpointError, TensorInfo, read_index, read_json, read_tensor, write
+from .safetensors import CheckpointError, TensorInfo, read_index, read_json, read_rows, read_tensor, write
 
 DType = Literal["float32", "bfloat16", "float16", "stored"]
 
@@ -39,11 +40,27 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
     "chat_template.jinja",
     "generation_config.json",
 )
 _FLOATS = ("float32", "bfloat16", "float16")
 _MAX_LAYERS = 10_000  # a config is not trusted to make us count further
+_brief = reprlib.repr  # whatever a file holds, a message stays short
+
+# What transformers takes for a key that is not there; a null stays a null. We take no sizes but those that the shapes
+# of the tensors prove, and no end token: its 2 for Llama and Mistral would end a Llama 3 text at "#".
+_DEFAULTS: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "sliding_window": 4096}
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32_768, "max_window_layers": 28}
+_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131_072},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
+}
 
 # our path in a layer -> (tensor behind "model.layers.i.", its axes)
 _LAYER = {
@@ -82,9 +99,8 @@ def read_config(folder: Path | str) -> DecoderConfig:
         something we would compute wrongly.
     """
     folder = Path(folder)
-    cfg = config_from_hf(read_json(folder / "config.json"), where=str(folder / "config.json"))
-    if (folder / "generation_config.json").exists():
-        path = folder / "generation_config.json"
+    cfg = config_from_hf(read_json(_inside(folder, "config.json")), where=str(folder / "config.json"))
+    if (path := _inside(folder, "generation_config.json")).exists():
         cfg = dataclasses.replace(cfg, eos_ids=tuple(sorted({*cfg.eos_ids, *_eos_ids(read_json(path), str(path))})))
     return cfg
 
@@ -92,18 +108,19 @@ def read_config(folder: Path | str) -> DecoderConfig:
 def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
     """Translate the contents of a Hugging Face `config.json`, either generation of its key names."""
     kind = hf.get("model_type")
-    if kind not in ARCHITECTURES:
-        found = f"model_type {kind!r} (architectures {hf.get('architectures')!r})"
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        found = f"model_type {_brief(kind)} (architectures {_brief(hf.get('architectures'))})"
         raise CheckpointError(f"{where}: {found}; expected one of {', '.join(ARCHITECTURES)}.")
     if hf.get("quantization_config") is not None:
-        raise CheckpointError(f"{where}: a quantised checkpoint; expected plain weights. Use the unquantised model.")
-    if (act := hf.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise CheckpointError(f"{where}: hidden_act {act!r}; expected 'silu'.")
+        raise CheckpointError(f"{where}: quantization_config; expected plain weights. Use the unquantised model.")
+    hf = _DEFAULTS | _FAMILY_DEFAULTS[kind] | dict(hf)
+    if (act := hf["hidden_act"]) not in ("silu", "swish"):
+        raise CheckpointError(f"{where}: hidden_act {_brief(act)}; expected 'silu'.")
     get = functools.partial(_number, hf, where)
     heads, embed, layers = get("num_attention_heads"), get("hidden_size"), get("num_hidden_layers", most=_MAX_LAYERS)
-    rope = hf.get("rope_parameters") or {}
+    rope = _rope(hf, where)
     window, window_layers = _windows(hf, kind, layers, where)
-    biased = kind == "qwen2" or _flag(hf, "attention_bias", where)
+    biased = kind in ("llama", "qwen3") and _flag(hf, "attention_bias", where)
     try:
         return DecoderConfig(
             vocab_size=get("vocab_size"),
@@ -113,17 +130,17 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
             num_heads=heads,
             num_kv_heads=get("num_key_value_heads", heads),
             head_dim=get("head_dim", embed // heads),
-            rope_theta=_number({**hf, **rope}, where, "rope_theta", 10_000.0, integer=False),
-            rope_scaling=_rope_scaling(rope or hf.get("rope_scaling") or {}, hf, where),
-            norm_eps=get("rms_norm_eps", 1e-6, integer=False),
+            rope_theta=_number(rope, where, "rope_theta", integer=False),
+            rope_scaling=_rope_scaling(rope, where),
+            norm_eps=get("rms_norm_eps", integer=False),
             window=window,
             window_layers=window_layers,
-            qkv_bias=biased,
-            o_bias=biased and kind != "qwen2",
-            mlp_bias=_flag(hf, "mlp_bias", where),
+            qkv_bias=biased or kind == "qwen2",
+            o_bias=biased,
+            mlp_bias=kind == "llama" and _flag(hf, "mlp_bias", where),
             qk_norm=kind == "qwen3",
             tie_embeddings=_flag(hf, "tie_word_embeddings", where),
-            max_positions=get("max_position_embeddings", 2048),
+            max_positions=get("max_position_embeddings"),
             eos_ids=_eos_ids(hf, where),
             model_type=kind,
         )
@@ -133,6 +150,7 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
 
 def config_to_hf(cfg: DecoderConfig, dtype: str = "float32") -> dict[str, Any]:
     """The `config.json` of a decoder, in key names that every transformers since version 4 reads."""
+    cfg = _canonical(cfg)
     hf: dict[str, Any] = {
         "architectures": [ARCHITECTURES[cfg.model_type]],
         "model_type": cfg.model_type,
@@ -162,7 +180,7 @@ def config_to_hf(cfg: DecoderConfig, dtype: str = "float32") -> dict[str, Any]:
         hf["max_window_layers"] = cfg.windowed.index(True) if any(cfg.windowed) else cfg.num_layers
         if cfg.model_type == "qwen3":
             hf["attention_bias"] = cfg.o_bias
-    if config_from_hf(hf) != dataclasses.replace(cfg, dtype="float32"):
+    if config_from_hf(hf) != cfg:
         raise ValueError(
             f"config_to_hf: {cfg.model_type!r} cannot express this config, {cfg}; expected one that can. "
             f"Set model_type to one of {', '.join(ARCHITECTURES)} that has these parts."
@@ -174,7 +192,7 @@ def describe(folder: Path | str) -> dict[str, Any]:
     """What a checkpoint is, from its headers alone: for `jaxaroo info`. Sizes are in bytes, memories in GiB."""
     folder = Path(folder)
     cfg = read_config(folder)
-    sources = _match(cfg, folder)
+    sources = _match(cfg, folder, headers_only=True)
     by_dtype: dict[str, int] = {}
     for source in sources:
         by_dtype[source.info.dtype.name] = by_dtype.get(source.info.dtype.name, 0) + source.info.nbytes
@@ -214,8 +232,8 @@ def load(
       progress: show a bar.
 
     Raises:
-      CheckpointError: for a folder that cannot be trusted or understood; every missing, unexpected or misshapen tensor
-        is named at once.
+      CheckpointError: for a folder that cannot be trusted or understood; missing, unexpected and misshapen tensors are
+        named together.
     """
     folder = Path(folder)
     cfg = read_config(folder)
@@ -258,7 +276,7 @@ class _Source(NamedTuple):
     axes: str
 
 
-def _match(cfg: DecoderConfig, folder: Path) -> list[_Source]:
+def _match(cfg: DecoderConfig, folder: Path, headers_only: bool = False) -> list[_Source]:
     """Pair every parameter with its tensor, or say all that is wrong."""
     index = read_index(folder)
     wrong, sources = [], []
@@ -276,7 +294,7 @@ def _match(cfg: DecoderConfig, folder: Path) -> list[_Source]:
     for name in sorted(index.keys() - wanted.keys()):
         if name.endswith("rotary_emb.inv_freq"):  # old exports carry it; it follows from the config
             continue
-        if name == "lm_head.weight" and _same(index[name], index.get("model.embed_tokens.weight")):
+        if name == "lm_head.weight" and _same(index[name], index.get("model.embed_tokens.weight"), headers_only):
             continue  # some exports write a tied head twice
         wrong.append(f"unexpected {name}")
     if wrong:
@@ -342,7 +360,7 @@ def save(
       max_shard_bytes: of one file.
       overwrite: replace what is there.
     """
-    folder = Path(folder)
+    folder = Path(os.path.realpath(folder))  # of a link, what it points to is replaced
     if dtype not in (*_FLOATS, "stored"):
         raise ValueError(f"save: dtype={dtype!r}; expected one of {', '.join(_FLOATS)}, or stored.")
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
@@ -350,26 +368,17 @@ def save(
             f"save: {folder} exists; expected a new or an empty folder. Pass overwrite to replace it."
         )
     cfg, params = model
-    names = _names(cfg)
-
-    def leaf(name: str) -> jax.Array:
-        path, layer, _ = names[name]
-        if layer is None:
-            return _at(params, path)
-        layers = params["layers"]
-        return _at(layers[layer], path) if isinstance(layers, tuple) else _at(layers, path)[layer]
+    parts = _parts(cfg, params)
 
     def get(name: str) -> np.ndarray:
-        return np.asarray(leaf(name)).reshape(specs[name][1]).astype(specs[name][0], copy=False)
+        part, row, _ = parts[name]
+        part = jnp.copy(part) if row is None else part[row]  # a jax.Array keeps what numpy has read of it
+        return np.asarray(part).reshape(specs[name][1]).astype(specs[name][0], copy=False)
 
-    def width(name: str) -> np.dtype:
-        path, layer, _ = names[name]
-        held = _at(params, path) if layer is None else leaf(name)
-        return np.dtype(held.dtype if dtype == "stored" else jnp.dtype(dtype))
-
-    specs = {name: (width(name), _file_shape(entry[2], cfg)) for name, entry in names.items()}
+    width = lambda part: np.dtype(part.dtype if dtype == "stored" else jnp.dtype(dtype))
+    specs = {name: (width(part), _file_shape(axes, cfg)) for name, (part, _, axes) in parts.items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    partial = folder.with_name(f".{secrets.token_hex(8)}.partial")  # not the folder's name: there may be no room
     try:
         partial.mkdir()
         _write_config(partial, cfg, specs["model.embed_tokens.weight"][0].name, like)
@@ -379,14 +388,35 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _parts(cfg: DecoderConfig, params: Params) -> dict[str, tuple[jax.Array, int | None, str]]:
+    """Tensor name -> (the parameter, which row of it when layers are stacked, axes); export loses and bends nothing."""
+    stacked = not isinstance(params["layers"], tuple)
+    tree = params if stacked else params | {"layers": dict(enumerate(params["layers"]))}
+    parts, wrong = {}, []
+    for name, (path, layer, axes) in _names(cfg).items():
+        row, inside = (layer, ("layers",)) if stacked else (None, ("layers", layer))
+        part, shape = _at(tree, path if layer is None else (*inside, *path)), _our_shape(axes, cfg)
+        if (found := getattr(part, "shape", None)) != (shape if row is None else (cfg.num_layers, *shape)):
+            wrong.append(f"{name} of shape {found}; expected {shape} a layer")
+        parts[name] = (part, row, axes)
+    count, wanted = len(jax.tree.leaves(params)), sum(row in (None, 0) for _, row, _ in parts.values())
+    if wrong or count != wanted:
+        shown = "; ".join(wrong[:20]) or f"{count} parameters; expected {wanted}"
+        raise ValueError(f"save: {shown}. These parameters do not belong to model.config.")
+    return parts
+
+
 def _write_config(folder: Path, cfg: DecoderConfig, dtype: str, like: Path | str | None) -> None:
     config = config_to_hf(cfg, dtype)
     if like is not None:
-        source = read_json(Path(like) / "config.json")
-        if config_from_hf(source) == dataclasses.replace(cfg, dtype="float32", eos_ids=_eos_ids(source, str(like))):
-            config = source | {("dtype" if "dtype" in source else "torch_dtype"): dtype}
+        source, known, wanted = read_json(_inside(Path(like), "config.json")), read_config(like), _canonical(cfg)
+        same_eos = known.eos_ids == wanted.eos_ids
+        if dataclasses.replace(known, eos_ids=wanted.eos_ids) == wanted:
+            dtypes = {key: dtype for key in ("dtype", "torch_dtype") if key in source} or {"torch_dtype": dtype}
+            config = source | dtypes | ({} if same_eos else {"eos_token_id": config["eos_token_id"]})
         for name in TOKENIZER_FILES:
-            if (path := Path(like) / name).is_file():
+            path = _inside(Path(like), name)
+            if path.is_file() and (same_eos or name != "generation_config.json"):  # it would bring the old ones back
                 shutil.copyfile(path, folder / name)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -396,7 +426,7 @@ def _swap_in(partial: Path, folder: Path) -> None:
     if not folder.exists():
         os.replace(partial, folder)
         return
-    old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
+    old = folder.with_name(f".{secrets.token_hex(8)}.old")
     os.replace(folder, old)
     try:
         os.replace(partial, folder)
@@ -426,12 +456,23 @@ def _sizes(cfg: DecoderConfig) -> dict[str, int]:
     }
 
 
-def _same(a: TensorInfo, b: TensorInfo | None) -> bool:
-    return (
-        b is not None
-        and a[1:3] == b[1:3]
-        and bool((read_tensor(a).view(np.uint8) == read_tensor(b).view(np.uint8)).all())
-    )
+def _same(a: TensorInfo, b: TensorInfo | None, headers_only: bool) -> bool:
+    """Whether two tensors are the same to the bit, some 16 MiB at a time."""
+    if b is None or a[1:3] != b[1:3] or not a.shape:
+        return False
+    rows = max(1, 2**24 * a.shape[0] // max(1, a.nbytes))
+    part = lambda info, i: read_rows(info, i, min(i + rows, info.shape[0])).tobytes()
+    return headers_only or all(part(a, i) == part(b, i) for i in range(0, a.shape[0], rows))
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of the folder, which may be a link, but not to the outside."""
+    if not (real := Path(os.path.realpath(folder / name))).is_relative_to(os.path.realpath(folder)):
+        raise CheckpointError(
+            f"{folder / name}: a link to {real}; expected a file inside the folder. "
+            f"If you trust it (a Hugging Face cache is made of links), copy it with `cp -rL {folder} COPY`."
+        )
+    return folder / name
 
 
 def _at(tree: Any, path: tuple[Any, ...]) -> Any:
@@ -447,56 +488,86 @@ def _put(tree: dict[Any, Any], path: tuple[Any, ...], leaf: Any) -> None:
 
 
 def _number(
-    hf: Mapping[str, Any], where: str, name: str, default: Any = None, *, integer: bool = True, most: int = 2**31 - 1
+    hf: Mapping[str, Any], where: str, name: str, null: Any = None, *, integer: bool = True, above=0, most=2**31 - 1
 ) -> Any:
-    value = hf.get(name)
-    if value is None:
-        if default is None:
-            raise CheckpointError(f"{where}: {name} is missing; expected it.")
-        value = default
-    good = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool) and 0 < value <= most
+    value = null if hf.get(name) is None else hf[name]
+    most = most if integer else 1e30
+    good = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool) and above < value <= most
     if not good:
+        found = f"{name} is {_brief(value) if name in hf else 'missing'}"
         kind = "an integer" if integer else "a number"
-        raise CheckpointError(f"{where}: {name} is {value!r}; expected {kind} from above 0 to {most}.")
+        raise CheckpointError(f"{where}: {found}; expected {kind} above {above}, at most {most}.")
     return value if integer else float(value)
 
 
 def _flag(hf: Mapping[str, Any], name: str, where: str) -> bool:
     value = hf.get(name)
     if not isinstance(value, bool | None):
-        raise CheckpointError(f"{where}: {name} is {value!r}; expected true or false.")
+        raise CheckpointError(f"{where}: {name} is {_brief(value)}; expected true or false.")
     return bool(value)
 
 
 def _eos_ids(hf: Mapping[str, Any], where: str) -> tuple[int, ...]:
     value = hf.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise CheckpointError(f"{where}: eos_token_id is {value!r}; expected an id or a list of ids.")
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):
+        raise CheckpointError(f"{where}: eos_token_id is {_brief(value)}; expected an id or a list of ids.")
     return tuple(sorted(set(ids)))
 
 
 def _windows(hf: Mapping[str, Any], kind: str, layers: int, where: str) -> tuple[int | None, tuple[bool, ...]]:
     """The window, and which layers it limits when not all."""
-    if kind == "llama" or hf.get("sliding_window") is None or (kind != "mistral" and not hf.get("use_sliding_window")):
+    if kind == "llama":
         return None, ()
-    window = _number(hf, where, "sliding_window")
+    used = hf["sliding_window"] is not None and (kind == "mistral" or _flag(hf, "use_sliding_window", where))
+    window = _number(hf, where, "sliding_window") if used else None
     if kind == "mistral":
         return window, ()
     kinds = hf.get("layer_types")
     if kinds is None:
-        first = hf.get("max_window_layers", layers)
-        kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    known = {"full_attention": False, "sliding_attention": True}
-    if not isinstance(kinds, list) or len(kinds) != layers or not all(k in known for k in kinds):
-        raise CheckpointError(f"{where}: layer_types {kinds!r}; expected {layers} of {', '.join(known)}.")
-    flags = tuple(known[k] for k in kinds)
-    if not any(flags):
-        return None, ()
-    return window, () if all(flags) else flags
+        first = _number(hf, where, "max_window_layers", above=-1) if used else layers
+        flags = tuple(i >= first for i in range(layers))
+    else:
+        known = ["full_attention", "sliding_attention"] if used else ["full_attention"]
+        if not isinstance(kinds, list) or len(kinds) != layers or not all(k in known for k in kinds):
+            found = f"layer_types {_brief(kinds)} and {f'a window of {window}' if used else 'no window'}"
+            raise CheckpointError(f"{where}: {found}; expected {layers} of {', '.join(known)}.")
+        flags = tuple(k == "sliding_attention" for k in kinds)
+    return (window, () if all(flags) else flags) if any(flags) else (None, ())
 
 
-def _rope_scaling(rope: Mapping[str, Any], hf: Mapping[str, Any], where: str) -> RopeScaling | None:
+def _canonical(cfg: DecoderConfig) -> DecoderConfig:
+    """The same decoder as `config_from_hf` puts it."""
+    some = any(cfg.windowed)
+    return dataclasses.replace(
+        cfg,
+        window=cfg.window if some else None,
+        window_layers=cfg.window_layers if some and not all(cfg.windowed) else (),
+        eos_ids=tuple(sorted(set(cfg.eos_ids))),
+        dtype="float32",
+    )
+
+
+def _rope(hf: dict[str, Any], where: str) -> dict[str, Any]:
+    """Everything about rotary positions, `rope_scaling` before `rope_parameters` as transformers has it."""
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+        raise CheckpointError(f"{where}: rope_parameters {_brief(rope)}; expected one object for all layers.")
+    outside = {name: hf[name] for name in ("rope_theta", "partial_rotary_factor") if name in hf}
+    trained = "original_max_position_embeddings"  # here, and only here, what stands outside comes first
+    rope = {
+        trained: hf["max_position_embeddings"],
+        **outside,
+        **rope,
+        **({trained: hf[trained]} if trained in hf else {}),
+    }
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        found = _brief(rope["partial_rotary_factor"])
+        raise CheckpointError(f"{where}: partial_rotary_factor is {found}; expected 1, all of a head rotated.")
+    return rope
+
+
+def _rope_scaling(rope: Mapping[str, Any], where: str) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     get = functools.partial(_number, rope, where, integer=False)
     if kind == "default":
@@ -504,14 +575,14 @@ def _rope_scaling(rope: Mapping[str, Any], hf: Mapping[str, Any], where: str) ->
     if kind == "linear":
         return RopeScaling(kind="linear", factor=get("factor"))
     if kind == "llama3":
-        trained = _number(rope, where, "original_max_position_embeddings", hf.get("max_position_embeddings"))
         low, high = get("low_freq_factor"), get("high_freq_factor")
         if low >= high:
             raise CheckpointError(f"{where}: low_freq_factor {low}, high_freq_factor {high}; expected low < high.")
+        trained = _number(rope, where, "original_max_position_embeddings")
         return RopeScaling(
             kind="llama3", factor=get("factor"), low_freq=low, high_freq=high, original_positions=trained
         )
-    raise CheckpointError(f"{where}: rope scaling {kind!r}; expected one of default, linear, llama3.")
+    raise CheckpointError(f"{where}: rope scaling {_brief(kind)}; expected one of default, linear, llama3.")
 
 
 def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:

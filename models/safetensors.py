@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from io import BufferedReader
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, TypeGuard
 
 import ml_dtypes
@@ -29,12 +28,10 @@ _TYPES = """BOOL:bool U8:u1 I8:i1 U16:u2 I16:i2 U32:u4 I32:i4 U64:u8 I64:i8 F16:
 _PAIRS = [pair.split(":") for pair in _TYPES.split()]
 DTYPES: Mapping[str, np.dtype] = {code: np.dtype(getattr(ml_dtypes, name, name)) for code, name in _PAIRS}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-
 _MAX_JSON_BYTES = 100_000_000  # the format's own limit for a header; we hold the index to it too
 _MAX_JSON_VALUES = 2_000_000  # about 200,000 tensors; bounds what the parser can allocate for a hostile 100 MB
 _MAX_RANK = 32  # what every numpy can hold
-_DAMAGED = "The file is cut short, damaged or not what its name says: fetch or write it again."
-_MIXED = "The files are damaged or from different checkpoints: fetch the folder again."
+_DAMAGED = "The file is cut short, damaged or of another checkpoint: fetch or write it again."
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 200
 _brief = _REPR.repr  # whatever a file holds, a message stays short
@@ -91,10 +88,7 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
         found = f"holds {_brief(seen)}" if folder.is_dir() else "no such folder"
         remedy = "Pickle files (.bin, .pt) are never read: in transformers, save with safe_serialization=True."
         raise _error(folder, f"{found}; expected {SINGLE}, or {INDEX} and its shards", remedy)
-    with _open(_inside(folder, INDEX)) as (file, size):
-        if size > _MAX_JSON_BYTES:
-            raise _error(path, f"an index of {size} bytes; expected at most {_MAX_JSON_BYTES}")
-        weight_map = _parse(file.read(size), str(path)).get("weight_map")
+    weight_map = read_json(_inside(folder, INDEX)).get("weight_map")
     if not _is_text_map(weight_map) or not weight_map:
         raise _error(path, f"weight_map is {_brief(weight_map)}; expected tensor names mapped to file names")
     tensors: dict[str, TensorInfo] = {}
@@ -102,12 +96,19 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
         for name, info in read_header(_inside(folder, shard)).items():
             if (listed := weight_map.get(name)) != shard:
                 found = f"{_brief(shard)} holds tensor {_brief(name)}, which the index lists in {_brief(listed)}"
-                raise _error(path, f"{found}; expected each tensor in one shard, the listed one", _MIXED)
+                raise _error(path, f"{found}; expected each tensor in one shard, the listed one")
             tensors[name] = info
     for name in (name for name in weight_map if name not in tensors):
-        found = f"{_brief(weight_map[name])} does not hold tensor {_brief(name)}; expected it there, as the index says"
-        raise _error(path, found, _MIXED)
+        raise _error(path, f"{_brief(weight_map[name])} does not hold tensor {_brief(name)}; expected what is listed")
     return tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, strictly: no key twice, no NaN, nothing huge."""
+    with _open(path) as (file, size):
+        if size > _MAX_JSON_BYTES:
+            raise _error(path, f"{size} bytes of JSON; expected at most {_MAX_JSON_BYTES}")
+        return _parse(file.read(size).lstrip(), str(path))
 
 
 def read_tensor(info: TensorInfo) -> np.ndarray:
@@ -138,7 +139,7 @@ def write(
     get: Callable[[str], np.ndarray],
     *,
     max_shard_bytes: int = 5 * 2**30,
-    metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
+    metadata: Mapping[str, str] = {"format": "pt"},
 ) -> None:
     """Write a checkpoint, holding one tensor at a time; all of it appears under its final names, or none.
 
@@ -149,7 +150,6 @@ def write(
         max_shard_bytes: what goes beyond is put in further shards; a larger tensor has a shard of its own.
         metadata: text for the header of every file.
     """
-    folder = Path(folder)
     files = _plan(folder, specs, max_shard_bytes, dict(metadata))
     if taken := sorted(path.name for path in folder.glob("model*.safetensors*")):
         found = f"already holds {taken[0]}; expected a folder without a checkpoint, as old and new files must not mix"
@@ -187,8 +187,7 @@ def _plan(folder: Path, specs: Mapping[str, Any], limit: int, metadata: dict[str
             found = f"{info.dtype.str} {info.dtype} {info.shape}; expected ints >= 0, and one of {[*map(str, _CODES)]}"
             raise _error(f"write: {name!r}", found, "Cast it, or rename __metadata__.", ValueError)
         if groups[-1] and used + info.nbytes > limit:
-            groups.append({})
-            used = 0
+            groups, used = [*groups, {}], 0
         groups[-1][name] = info
         used, total = used + info.nbytes, total + info.nbytes
     n = len(groups)
@@ -208,9 +207,8 @@ def _lay_out(path: Path, group: dict[str, TensorInfo], metadata: dict[str, str])
         header[name] = {"dtype": _CODES[info.dtype], "shape": info.shape, "data_offsets": (begin[name], end)}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > _MAX_JSON_BYTES or not _is_text_map(metadata):
-        found = f"{len(text)} bytes, with {_brief(metadata)}; expected <= {_MAX_JSON_BYTES}, with strings as metadata"
-        raise _error("write: header", found, "Shorten names, or turn metadata into text.", ValueError)
+    if not _is_text_map(metadata):
+        raise _error("write", f"metadata {_brief(metadata)}; expected strings", "Turn it into text.", ValueError)
     tensors = {name: info._replace(file=path, offset=8 + len(text) + begin[name]) for name, info in group.items()}
     return (path, len(text).to_bytes(8, "little") + text, tensors)
 
@@ -270,12 +268,14 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
             twice.append((next(key for key, _ in pairs if key in seen or seen.add(key)), table))
         return table
 
-    try:  # an integer beyond int64, cut to 20 digits, stays beyond, and is refused where it stands; no int is NaN
-        parsed = json.loads(raw.decode(), object_pairs_hook=unique, parse_int=lambda n: int(n[:20]), parse_constant=int)
+    def integer(digits: str) -> int | float:
+        return int(digits) if len(digits) < 100 else float(digits)  # int() is slow, and a float is refused as a size
+
+    try:  # parse_constant: int("NaN") raises
+        parsed = json.loads(raw.decode(), object_pairs_hook=unique, parse_int=integer, parse_constant=int)
     except (ValueError, RecursionError) as error:
         raise _error(where, f"{error}; expected plain JSON in UTF-8") from None
-    if twice:
-        key, table = twice[0]
+    for key, table in twice[:1]:
         inside = next((f"{_brief(name)}: " for name, entry in parsed.items() if entry is table), "")
         raise _error(where, f"{inside}the key {_brief(key)} stands twice in one object; expected it once")
     return parsed

@@ -27,14 +27,20 @@ def fit(
     """
     records: list[dict[str, float]] = []
     end = time.perf_counter() + seconds
+    i, metrics = 0, {}
+
+    def record() -> None:
+        if i and (not records or records[-1]["step"] != i):
+            records.append({"step": i} | {name: float(value) for name, value in metrics.items()})
+            bar.set_postfix(loss=f"{records[-1]['loss']:.3f}")
+
     with tqdm(total=steps, desc="train", unit="step", disable=not progress) as bar:
         for i, batch in zip(range(1, steps + 1), batches, strict=False):
             state, metrics = step(state, batch)
             bar.update()
-            last = i == steps or time.perf_counter() > end
-            if i % log_every == 0 or last:
-                records.append({"step": i} | {name: float(value) for name, value in metrics.items()})
-                bar.set_postfix(loss=f"{records[-1]['loss']:.3f}")
-            if last:
+            if i % log_every == 0:
+                record()
+            if time.perf_counter() > end:
                 break
+        record()
     return state, records

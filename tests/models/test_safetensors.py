@@ -142,7 +142,7 @@ def test_write_refuses(tmp_path):
         ({"a": f4}, big, {}, r"get\('a'\): >f4"),
         ({"a": big}, big, {}, r"'a': >f4 .*expected ints >= 0, and one of .*bfloat16"),
         ({"__metadata__": f4}, f4, {}, "rename"),
-        ({"a": f4}, f4, {"n": 1}, "strings as metadata"),
+        ({"a": f4}, f4, {"n": 1}, "metadata .*expected strings"),
     ]:
         with pytest.raises(ValueError, match=message):
             save(tmp_path, spec, lambda _, array=array: array, metadata=metadata)
@@ -164,7 +164,7 @@ OUT = [f"{name}.safetensors" for name in ("/x", "../x", "y/../../x", "./x", "y//
 BAD = {  # a message, and what must bring it: a file, an index (str), changes of its weight_map (dict), or other harm
     r"header of \d+ bytes, file of \d+": [b"", b"\2\0\0\0\0\0\0", pack({}, 0, 3), pack({}, 8, 2**64 - 1)],
     "header of 100000001": [made(SINGLE, lambda p: (p.write_bytes(pack({}, 0, 10**8 + 1)), os.truncate(p, 2 * 10**8)))],
-    "an index of 200000000 bytes": [made(INDEX, lambda p: (p.touch(), os.truncate(p, 2 * 10**8)))],
+    "200000000 bytes of JSON": [made(INDEX, lambda p: (p.touch(), os.truncate(p, 2 * 10**8)))],
     r"expected '\{' first": [pack(b""), pack(b"[]"), pack(b" {}"), pack(b"\xef\xbb\xbf{}"), "[]"],
     "codec can't": [pack(b'{"\xff": 1}'), pack(b'{"\\ud800": 1}'), {"a": "\ud800.safetensors"}],
     "expected plain JSON": [pack(b"{"), pack(b'{"a":1,}'), pack(b"{}\0"), pack(b"{'a':1}"), '{"weight_map": {}'],
@@ -176,10 +176,10 @@ BAD = {  # a message, and what must bring it: a file, an index (str), changes of
     "__metadata__ is .*expected strings": [pack({"__metadata__": v}) for v in ({"k": 1}, {"k": {}}, [], None, "x")],
     "tensor 'a': the entry .*no more": [pack({"a": v}) for v in (1, None, [], {}, F32 | {"x": 1}, {"dtype": "F32"})],
     "tensor 'a': dtype .*expected one of BOOL, U8": each("dtype", "F33", "f32", "F4", 7, None, [], {}),
-    "tensor 'a': shape .*integers >= 0": each("shape", 2, "2", None, [2.0], [True], [-2], [[2]], ["2"], [1] * 33, {}),
-    "tensor 'a': shape .* makes .* beyond int64": each("shape", [], [3], [2**40, 2**40], [2**62, 4, 0], [10**4000, 0]),
-    "tensor 'a': data_offsets .*within 8 bytes": each("data_offsets", [0], [0, 8, 8], [8, 0], [-8, 0], [0, 9], "08")
-    + each("data_offsets", [0, 8.0], [False, 8], None, [0, 10**30], [10**4000, 10**4000]),
+    "tensor 'a': shape .*integers >= 0": each("shape", 2, "2", None, [2.0], [True], [-2], [[2]], [1] * 33, [10**4000]),
+    "tensor 'a': shape .* makes .* beyond int64": each("shape", [], [3], [2**40, 2**40], [10**90]),
+    "shape .* of F32 makes 0 bytes": [pack({"a": F32 | {"shape": [2**62, 4, 0], "data_offsets": [0, 0]}}, 0)],
+    "'a': data_offsets .*within 8": each("data_offsets", [0], [0, 8, 8], [8, 0], [-8, 0], [0, 9], [0, 8.0], [False, 8]),
     "another tensor overlaps tensor 'b'": [spans(8, a=(0, 5), b=(4, 8)), spans(8, a=(0, 8), b=(4, 4))],
     "4 unused bytes before tensor 'b'": [spans(8, b=(4, 8)), spans(12, b=(8, 12), a=(0, 4))],
     "4 unused bytes before the end of the file": [spans(8, a=(0, 4)), pack({}, 4)],
@@ -220,7 +220,7 @@ def test_links_and_folders_inside_are_read_and_one_file_comes_first(tmp_path):
     (folder / ONE).rename(folder / "in" / ONE)
     (folder / TWO).symlink_to((folder / TWO).rename(folder / "b"))
     (tmp_path / "link").symlink_to("it")
-    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": f"in/{ONE}", "b": TWO}}))
+    (folder / INDEX).write_text("\n " + json.dumps({"weight_map": {"a": f"in/{ONE}", "b": TWO}}))
     assert [info.file for info in read_index(tmp_path / "link").values()] == [folder / "in" / ONE, folder / "b"]
     (folder / SINGLE).write_bytes(pack({"c": F32}))
     assert read_index(folder).keys() == {"c"}
@@ -232,7 +232,7 @@ ODD = rb'-1 2.0 1e400 18446744073709551615 true null NaN "" [[]] 0 8 {"a":1,"a":
 EDIT = st.tuples(st.integers(0, 250), st.integers(-20, 6), st.binary(max_size=3), st.sampled_from(ODD.split()))
 
 
-@settings(max_examples=1500, deadline=2000)
+@settings(max_examples=1000, deadline=2000)
 @given(st.lists(EDIT, min_size=1, max_size=3), st.integers(0, 4), st.booleans())
 def test_fuzz_ends_in_our_error_or_in_what_the_official_library_reads(tmp_path_factory, edits, length, index):
     folder, raw = tmp_path_factory.getbasetemp() / f"fuzz{index}", INDEX_TEXT if index else HEADER

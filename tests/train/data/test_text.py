@@ -1,0 +1,33 @@
+"""The verse that ships, and windows cut from it."""
+
+import numpy as np
+import pytest
+
+from jaxaroo.train.data.text import read_verse, windows
+
+
+def test_the_verse_ships_with_the_package():
+    verse = read_verse()
+    assert "There was movement at the station" in verse
+    assert verse.isascii()
+    assert len(verse) > 8000
+
+
+def test_windows_are_runs_of_the_text_and_the_same_for_the_same_seed():
+    ids = np.arange(50) * 7
+    first, again, other = (windows(ids, 4, 10, seed) for seed in (1, 1, 2))
+    starts = set()
+    for _ in range(60):
+        batch = next(first)
+        assert batch.shape == (4, 11)
+        np.testing.assert_array_equal(np.diff(batch, axis=1), 7)
+        np.testing.assert_array_equal(batch, next(again))
+        starts |= {*batch[:, 0] // 7}
+    assert starts == set(range(40))  # every window can be drawn, the last one included
+    assert not np.array_equal(next(windows(ids, 4, 10, 1)), next(other))
+
+
+@pytest.mark.errors
+def test_a_text_shorter_than_a_window_is_refused():
+    with pytest.raises(ValueError, match="10 tokens of text; expected more than the window, 10"):
+        next(windows(range(10), 1, 10, 0))
