@@ -77,8 +77,12 @@ def generate(
     if sum(x is not None for x in (prompt, prompts, tokens)) != 1:
         raise UsageError("generate: expected exactly one of --prompt, --prompts and --tokens.")
     inputs: list[Any]
+    if chat and tokens is not None:
+        raise UsageError("generate: --chat and --tokens; expected text to wrap in the chat template.")
     if prompts is not None:
         inputs = list(_read_prompts(prompts))
+        if not inputs:
+            raise UsageError(f"generate: no prompts in {prompts}; expected one JSON object a line.")
     else:
         inputs = [_parse_tokens(tokens) if tokens is not None else prompt]
     if chat:

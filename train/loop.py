@@ -34,7 +34,7 @@ def fit(
             records.append({"step": i} | {name: float(value) for name, value in metrics.items()})
             bar.set_postfix(loss=f"{records[-1]['loss']:.3f}")
 
-    with tqdm(total=steps, desc="train", unit="step", disable=not progress) as bar:
+    with tqdm(total=steps, desc="train", unit="step", disable=None if progress else True) as bar:
         for i, batch in zip(range(1, steps + 1), batches, strict=False):
             state, metrics = step(state, batch)
             bar.update()

@@ -136,23 +136,23 @@ def test_rows_past_the_length_are_never_seen():
 
 
 def test_a_tree_of_candidates_scores_like_each_branch_alone():
-    """Two branches of two tokens after a prefix of 6, in one pass, under an ancestor mask: slots are not positions."""
+    """Two branches, level by level behind a prefix, in one pass: rows are not positions, and windows go by these."""
     cfg, params = model()
     params = unstack_layers(params)
-    tokens, positions = batch(1, 10)
-    prefix = run(cfg, params, tokens[:, :6], positions[:, :6], cache=new_cache(cfg, 1, 16)).cache
-    prefix = prefix._replace(length=jnp.array([6], jnp.int32))
-    nodes = tokens[:, 6:10]  # branch 0: nodes 0, 1; branch 1: nodes 2, 3
-    depth = jnp.array([[0, 1, 0, 1]])
-    ancestors = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]], bool)
-    mask = np.zeros((1, 4, 16), bool)
-    mask[0, :, :6], mask[0, :, 6:10] = True, ancestors
-    key_positions = np.concatenate([np.arange(6), 6 + depth[0], np.arange(10, 16)])[None]
-    tree = run(cfg, params, nodes, 6 + depth, jnp.asarray(mask), prefix, key_positions=jnp.asarray(key_positions))
-    for branch in (slice(0, 2), slice(2, 4)):
-        line = jnp.concatenate([tokens[:, :6], nodes[:, branch]], 1)
-        alone = run(cfg, params, line, jnp.arange(8)[None]).hidden[:, 6:]
-        np.testing.assert_allclose(tree.hidden[:, branch], alone, atol=1e-5)
+    tokens, positions = batch(1, 16)
+    prefix = run(cfg, params, tokens[:, :4], positions[:, :4], cache=new_cache(cfg, 1, 16)).cache
+    prefix = prefix._replace(length=jnp.array([4], jnp.int32))
+    depth = np.arange(12)[None] // 2  # node i is on branch i % 2; the branches are deeper than the window of 5
+    mask = np.zeros((1, 12, 16), bool)
+    mask[:, :, :4] = True
+    for node in range(12):
+        mask[0, node, 4 + node % 2 : 5 + node : 2] = True  # ancestors and itself
+    key_positions = np.concatenate([np.arange(4), 4 + depth[0]])[None]
+    tree = run(cfg, params, tokens[:, 4:], 4 + depth, mask, prefix, key_positions=key_positions)
+    for branch in (0, 1):
+        line = jnp.concatenate([tokens[:, :4], tokens[:, 4 + branch :: 2]], 1)
+        alone = run(cfg, params, line, jnp.arange(10)[None]).hidden[:, 4:]
+        np.testing.assert_allclose(tree.hidden[:, branch::2], alone, atol=1e-5)
 
 
 def test_no_token_sees_a_later_one_nor_one_behind_its_window():
