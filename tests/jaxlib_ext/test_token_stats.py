@@ -1,0 +1,100 @@
+"""Oracles: float64 NumPy for values, JAX's own derivative of the dense form for gradients, the compiler for memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxaroo.jaxlib_ext.token_stats import TokenStats, reference, token_stats
+
+N, D, V = 37, 16, 101
+TRANSFORMS = [{}, {"softcap": 3.0}, {"scale": 0.5, "softcap": 2.0, "temperature": 0.7}, {"temperature": 2.5}]
+TILES = [(37, 101), (8, 16), (7, 100), (1, 1), (1000, 1000)]
+
+
+def inputs(dtype=jnp.float32, spread=1.0):
+    h, w, y = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(h, (N, D)).astype(dtype) * jnp.asarray(spread, dtype)
+    return hidden, jax.random.normal(w, (V, D)).astype(dtype), jax.random.randint(y, (N,), 0, V)
+
+
+def oracle(hidden, head, targets, scale=1.0, softcap=None, temperature=1.0):
+    """Loops in float64, a token at a time."""
+    rows = []
+    for h, y in zip(np.float64(hidden), targets, strict=True):
+        z = scale * np.float64(head) @ h
+        z = (z if softcap is None else softcap * np.tanh(z / softcap)) / temperature
+        lse = z.max() + np.log(np.exp(z - z.max()).sum())
+        p = np.exp(z - lse)
+        rows.append((z[y] - lse, lse, -(p * (z - lse)).sum()))
+    return TokenStats(*np.array(rows).T)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("tiles", TILES)
+def test_values_match_the_float64_oracle(tiles, transform):
+    args = inputs()
+    got = token_stats(*args, token_tile=tiles[0], vocab_tile=tiles[1], **transform)
+    want = oracle(*args, **transform)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
+
+
+def test_the_dense_reference_is_the_oracle_too():
+    args = inputs()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), reference(*args), oracle(*args))
+
+
+def loss(form, cotangents, **options):
+    """A different weight for every token of every result, so that no gradient can hide behind another."""
+    return lambda h, w, y: sum(jnp.sum(c * s) for c, s in zip(cotangents, form(h, w, y, **options), strict=True))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("tiles", [(8, 16), (37, 101), (10, 100)])
+@pytest.mark.parametrize("part", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)])
+def test_gradients_match_those_of_the_dense_form(part, tiles, transform):
+    args = inputs()
+    cotangents = [
+        p * jax.random.normal(k, (N,)) for p, k in zip(part, jax.random.split(jax.random.key(1), 3), strict=True)
+    ]
+    tiled = loss(token_stats, cotangents, token_tile=tiles[0], vocab_tile=tiles[1], **transform)
+    got = jax.jit(jax.grad(tiled, argnums=(0, 1)))(*args)
+    want = jax.jit(jax.grad(loss(reference, cotangents, **transform), argnums=(0, 1)))(*args)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), got, want)
+
+
+def test_large_logits_stay_finite():
+    args = inputs(spread=300.0)
+    got = token_stats(*args, token_tile=8, vocab_tile=16)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-2), got, oracle(*args))
+    grads = jax.grad(loss(token_stats, [jnp.ones(N)] * 3, token_tile=8, vocab_tile=16), argnums=(0, 1))(*args)
+    assert all(bool(jnp.isfinite(g).all()) for g in grads)
+
+
+def test_bfloat16_inputs_accumulate_in_float32():
+    args = inputs(jnp.bfloat16)
+    got = token_stats(*args, token_tile=8, vocab_tile=16)
+    assert [s.dtype for s in got] == [jnp.float32] * 3
+    exact = tuple(np.asarray(a, np.float32) for a in args[:2])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, oracle(*exact, args[2]))
+    gh, gw = jax.grad(loss(token_stats, [jnp.ones(N)] * 3, token_tile=8, vocab_tile=16), argnums=(0, 1))(*args)
+    assert (gh.dtype, gw.dtype) == (jnp.bfloat16, jnp.bfloat16)
+
+
+def test_memory_is_that_of_tiles():
+    """At 8192 tokens and Qwen's vocabulary the compiler's own count of temporaries: the dense form needs 10.7 GiB."""
+    shapes = [((8192, 2048), jnp.bfloat16), ((151_936, 2048), jnp.bfloat16), ((8192,), jnp.int32)]
+    args = [jax.ShapeDtypeStruct(*s) for s in shapes]
+    step = jax.jit(jax.value_and_grad(lambda h, w, y: token_stats(h, w, y).logp.sum(), argnums=(0, 1)))
+    assert step.lower(*args).compile().memory_analysis().temp_size_in_bytes <= 2.2 * 2**30
+
+
+@pytest.mark.errors
+def test_shapes_and_settings_that_cannot_be_are_refused():
+    h, w, y = inputs()
+    with pytest.raises(ValueError, match=r"hidden \(37, 15\), head \(101, 16\)"):
+        token_stats(h[:, :-1], w, y)
+    with pytest.raises(ValueError, match="temperature=0"):
+        token_stats(h, w, y, temperature=0)
+    with pytest.raises(ValueError, match="softcap=-1"):
+        token_stats(h, w, y, softcap=-1.0)
