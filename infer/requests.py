@@ -174,16 +174,18 @@ class AnswerStream:
             if self._text is not None and not hidden:
                 released += self._text.push([token])
                 if self._text.stopped is not None:
-                    self.finish_reason, self.stop_reason = "stop", self._text.stopped
-                    del self.token_ids[self._text.token_count :]
                     break
             if at_stop:
                 self.finish_reason, self.stop_reason = "stop", token
                 break
         if self.finish_reason is None:
             self.finish_reason = ended
-        if self.finish_reason is not None and self._text is not None and self._text.stopped is None:
-            released += self._text.finish()
+        if self._text is not None:
+            if self.finish_reason is not None:
+                released += self._text.finish()
+            if self._text.stopped is not None:  # by a push, or by what finish gave free
+                self.finish_reason, self.stop_reason = "stop", self._text.stopped
+                del self.token_ids[self._text.token_count :]
         # ids are handed out only once their text cannot be cut any more
         safe = len(self.token_ids) if self._text is None or self.finish_reason else self._text.token_count
         new, self._given = self.token_ids[self._given : safe], max(self._given, safe)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ..sharding.rules import REPLICATED, Rules
 from .cache import KVCache, LayerCache, init_cache, write_rows
@@ -191,14 +191,14 @@ class Attention(nnx.Module):
         self.v = weight(rngs, (K, H, D), ("kv_heads", "head_dim", "embed"), D)
         self.o = weight(rngs, (D, N, H), ("embed", "heads", "head_dim"), N * H)
         if cfg.qkv_bias:
-            self.q_bias = constant(0, (N, H), ("heads", "head_dim"))
-            self.k_bias = constant(0, (K, H), ("kv_heads", "head_dim"))
-            self.v_bias = constant(0, (K, H), ("kv_heads", "head_dim"))
+            self.q_bias = constant(0.0, (N, H), ("heads", "head_dim"))
+            self.k_bias = constant(0.0, (K, H), ("kv_heads", "head_dim"))
+            self.v_bias = constant(0.0, (K, H), ("kv_heads", "head_dim"))
         if cfg.o_bias:
-            self.o_bias = constant(0, (D,), ("embed",))
+            self.o_bias = constant(0.0, (D,), ("embed",))
         if cfg.qk_norm:
-            self.q_norm = constant(1, (H,), ("head_dim",))
-            self.k_norm = constant(1, (H,), ("head_dim",))
+            self.q_norm = constant(1.0, (H,), ("head_dim",))
+            self.k_norm = constant(1.0, (H,), ("head_dim",))
 
     def __call__(
         self,
@@ -233,9 +233,9 @@ class MLP(nnx.Module):
         self.up = weight(rngs, (F, D), ("ffn", "embed"), D)
         self.down = weight(rngs, (D, F), ("embed", "ffn"), F)
         if cfg.mlp_bias:
-            self.gate_bias = constant(0, (F,), ("ffn",))
-            self.up_bias = constant(0, (F,), ("ffn",))
-            self.down_bias = constant(0, (D,), ("embed",))
+            self.gate_bias = constant(0.0, (F,), ("ffn",))
+            self.up_bias = constant(0.0, (F,), ("ffn",))
+            self.down_bias = constant(0.0, (D,), ("embed",))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate = project(x, self.gate, getattr(self, "gate_bias", None))
@@ -248,9 +248,9 @@ class Layer(nnx.Module):
 
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
         self.norm_eps = cfg.norm_eps
-        self.attn_norm = constant(1, (cfg.embed_dim,), ("embed",))
+        self.attn_norm = constant(1.0, (cfg.embed_dim,), ("embed",))
         self.attn = Attention(cfg, rngs=rngs)
-        self.mlp_norm = constant(1, (cfg.embed_dim,), ("embed",))
+        self.mlp_norm = constant(1.0, (cfg.embed_dim,), ("embed",))
         self.mlp = MLP(cfg, rngs=rngs)
 
     def __call__(self, x, rope, mask, cache, length, rules):
@@ -266,7 +266,7 @@ class Ends(nnx.Module):
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
         V, D = cfg.vocab_size, cfg.embed_dim
         self.embed = weight(rngs, (V, D), ("vocab", "embed"), D)
-        self.norm = constant(1, (D,), ("embed",))
+        self.norm = constant(1.0, (D,), ("embed",))
         if not cfg.tie_embeddings:  # a tied head reuses the table: no two attributes share a variable
             self.head = weight(rngs, (V, D), ("vocab", "embed"), D)
 
@@ -391,7 +391,9 @@ def lm_head(
 
 
 def logits(
-    model: Model, input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None = None
+    model: Model,
+    input_ids: Int[Array | np.ndarray, "B T"],
+    attention_mask: Shaped[Array | np.ndarray, "B T"] | None = None,
 ) -> Float[Array, "B T V"]:
     """Next-token logits of whole sequences; padding on either side is masked by zeros in `attention_mask`.
 

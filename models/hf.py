@@ -337,7 +337,10 @@ def _put_stacked(tree: Params, source: _Source, leaf: jax.Array, layers: int, me
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _set_layer(stack: jax.Array, leaf: jax.Array, i: Any) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, leaf, i, 0)
+    """Move the bits: as bfloat16, XLA's CPU backend would convert the whole stack to float32 and back, NaNs changed."""
+    as_bits = lambda x: jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    new = jax.lax.dynamic_update_index_in_dim(as_bits(stack), as_bits(leaf), i, 0)
+    return jax.lax.bitcast_convert_type(new, stack.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ export

@@ -4,9 +4,10 @@ The `tokenizers` library does the work on what Hugging Face writes; no file can 
 
 What a user wrote never becomes a control token: `encode` reads "<|im_end|>" as ten characters unless told otherwise,
 and `encode_chat` tells the tokens that the template writes from the same characters in a message. Added tokens that
-are not special (`<think>`) are content. Chat templates are foreign code: they run in Jinja's immutable sandbox on
-copies made of JSON's types, with bounds on their length, loop passes, calls, ranges, products and output. Not bounded
-are what one filter does with one value, and the memory of a string that a template keeps doubling.
+are not special (`<think>`) are content; a template that builds a token out of parts of messages is beyond defence.
+Chat templates are foreign code: they run in Jinja's immutable sandbox on copies made of JSON's types, with bounds on
+length, loop passes, calls, ranges, products and output. Not bounded are what one filter or method does with one value,
+and the memory of a string that a template keeps doubling.
 """
 
 import datetime
@@ -71,21 +72,18 @@ class Tokenizer:
         self.vocab_size = 1 + max(self._control.get_vocab().values(), default=-1)
         special = {i: token for i, token in self._control.get_added_tokens_decoder().items() if token.special}
         self.special_ids = frozenset(special)
-
         # A model with a control token among its pieces can find it in text, where its characters have to stand for it.
         unknown = {*self._plain.encode("\U0010fffd", add_special_tokens=False).ids, unk_id}
         control = self.special_ids - unknown
-        self._instead = {i: self._spelt(special[i].content, control) for i in control}
+        self._instead: dict[Any, list[int]] = {i: self._spelt(special[i].content, control) for i in control}
         # In `_plain` each control token has a stand-in that nobody can guess. `encode_chat` puts it where the template
         # wrote the token; then one call encodes template and messages alike, every merge in its context.
         secret = secrets.token_hex(8)
         self._stand_in = {token.content: f"\ue000{secret}.{i}\ue001" for i, token in special.items()}
         self._special = re.compile("|".join(map(re.escape, sorted(self._stand_in, key=len)[::-1])) or "(?!)")
-        flags = [{flag: getattr(token, flag) for flag in _FLAGS} for token in special.values()]
-        self._plain.add_tokens([AddedToken(s, **f) for s, f in zip(self._stand_in.values(), flags, strict=True)])
-        self._instead |= {
-            self._plain.token_to_id(s): [i] for s, i in zip(self._stand_in.values(), special, strict=True)
-        }
+        like = [(self._stand_in[t.content], {flag: getattr(t, flag) for flag in _FLAGS}) for t in special.values()]
+        self._plain.add_tokens([AddedToken(stand_in, **flags) for stand_in, flags in like])
+        self._instead |= {self._plain.token_to_id(self._stand_in[t.content]): [i] for i, t in special.items()}
 
         probe = self._control.encode("a0 <\n")  # and what the post-processor puts around it
         inside = [i for i, sequence in enumerate(probe.sequence_ids) if sequence is not None] or [len(probe.ids)]
@@ -99,15 +97,12 @@ class Tokenizer:
 
         Args:
           text: any text.
-          bos: add what this tokenizer puts around a prompt (BOS for most, for some nothing), except an end token and
-            what the text begins with already.
+          bos: add what this tokenizer puts around text, BOS for most; but no end token, and nothing twice.
           allow_special: read control tokens in `text` as such; never for the text of others.
         """
         ids = _ids(self._control, text) if allow_special else self._text_ids(text)
-        if not bos:
-            return ids
-        prefix = self._prefix if ids[: len(self._prefix)] != self._prefix else []
-        return [*(i for i in prefix if i not in ids[:1]), *ids, *self._suffix]
+        prefix = [] if ids[: len(self._prefix)] == self._prefix else [i for i in self._prefix if i not in ids[:1]]
+        return [*prefix, *ids, *self._suffix] if bos else ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of token ids; a hole in the vocabulary decodes to nothing, bytes that are not UTF-8 to U+FFFD."""
@@ -148,8 +143,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and, with the chat template in it, `tokenizer_config.json`."""
         (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
-        config = {k: v for k, v in self._config.items() if k not in ("auto_map", "chat_template")}
-        config |= {} if self.chat_template is None else {"chat_template": self.chat_template}
+        config = {k: v for k, v in self._config.items() if k != "auto_map"} | {"chat_template": self.chat_template}
         (folder / "tokenizer.json").write_text(self._control.to_str(pretty=True), "utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
         (folder / "chat_template.jinja").unlink(missing_ok=True)  # one of another tokenizer would come first
@@ -187,16 +181,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if (spec := _read(path := Path(folder) / "tokenizer.json", MAX_TOKENIZER, bytes)) is None:
         what = f"found no {path}; expected one, for a `tokenizer.model` alone is not read"
         raise FileNotFoundError(f"load_tokenizer: {what}. Convert it: transformers' AutoTokenizer, save_pretrained.")
-    config, *others = (
-        _read(path.with_name(name), MAX_CONFIG, lambda data: {} | json.loads(data)) or {}
-        for name in ("tokenizer_config.json", "generation_config.json", "config.json")
-    )
+    names = ("tokenizer_config.json", "generation_config.json", "config.json")
+    config, *others = (_read(path.with_name(n), MAX_CONFIG, lambda data: {} | json.loads(data)) or {} for n in names)
     eos_ids = []
-    for found in (other.get("eos_token_id") for other in others):
+    for name, found in ((name, other.get("eos_token_id")) for name, other in zip(names[1:], others, strict=True)):
         eos_ids += found if isinstance(found, list) else [] if found is None else [found]
-    if not all(type(i) is int and i >= 0 for i in eos_ids):
-        where = f"{folder}/generation_config.json or config.json"
-        raise ValueError(f"{where}: eos_token_id {eos_ids!r:.80}; expected an id or a list of ids.")
+        if not all(type(i) is int and i >= 0 for i in eos_ids):
+            raise ValueError(f"{folder}/{name}: eos_token_id {found!r:.80}; expected an id or a list of ids.")
     template = _read(path.with_name("chat_template.jinja"), MAX_CONFIG, bytes.decode) or config.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}.get("default")
@@ -213,8 +204,7 @@ def byte_tokenizer() -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in _BYTE_SPECIALS.values()])
-    bos = processors.TemplateProcessing(single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", 256)])
-    backend.post_processor = bos
+    backend.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 256)])
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **_BYTE_SPECIALS}
     return Tokenizer(backend.to_str().encode(), config, _BYTE_TEMPLATE)
 
@@ -226,9 +216,11 @@ class TextStream:
     the shorter: it is complete first). Held back are incomplete characters and what may become a stop string. Only a
     window is decoded, so a token costs the same however long the text is: exact where a token's text depends on the 5
     tokens before it at most, as with byte-level and Metaspace decoders. Byte fallback (Llama 2) judges a run of byte
-    tokens as a whole, so a run is held back too, up to 64 tokens: an invalid byte cannot spoil what went before.
+    tokens as a whole, so a run is held back too, up to 64 tokens: an invalid byte cannot spoil what went before. Ids
+    past the vocabulary, which a model with a padded embedding can sample, are no text.
 
     Attributes:
+      text: all that was given out.
       stopped: the stop string that was found; `finish` may find one too.
       token_count: length of the shortest prefix of the ids whose text covers `text`.
     """
@@ -237,19 +229,18 @@ class TextStream:
         self._stop, self._include_stop = (stop,) if isinstance(stop, str) else tuple(stop), include_stop
         if not all(isinstance(s, str) and s for s in self._stop):
             raise ValueError(f"TextStream: stop={stop!r}; expected strings of at least one character.")
-        self._decode, self._special, backend = tokenizer.decode, tokenizer.special_ids, tokenizer._control
+        known, self._special, backend = tokenizer.vocab_size, tokenizer.special_ids, tokenizer._control
+        self._decode = lambda ids: tokenizer.decode([i for i in ids if i < known])  # embeddings are padded at times
         self._name, self._byte = backend.id_to_token, "<0x..>" if "ByteFallback" in repr(backend.decoder) else "(?!)"
         self.stopped: str | None = None
-        self.token_count = 0
         self._given, self._ready = [], ""  # given out; decoded, but it may become a stop string
         self._held, self._context = [], []  # ids not decoded yet, and visible ones before them
         self._covers = deque([0])  # how many characters the first token_count, token_count + 1, ... ids decode to
-        self._decoded = self._released = 0
+        self._decoded = self._released = self.token_count = 0
         self._in_bytes = self._finished = False
 
     @property
     def text(self) -> str:
-        """All that was given out."""
         return "".join(self._given)
 
     def push(self, ids: Sequence[int]) -> str:
@@ -310,6 +301,9 @@ def _read(path: Path, limit: int, parse: Callable[[bytes], Any]) -> Any:
     """What `parse` makes of a file; None if there is no such file."""
     if not path.is_file():
         return None
+    if not (real := path.resolve()).is_relative_to(path.parent.resolve()):
+        remedy = "If you trust it (a Hugging Face cache is made of links), copy the folder with `cp -rL`."
+        raise ValueError(f"{path}: a link to {real}; expected files inside the folder. {remedy}")
     with path.open("rb") as file:
         if len(data := file.read(limit + 1)) > limit:
             raise ValueError(f"{path}: found more than {limit} bytes; expected no more. Is it what its name says?")
@@ -331,6 +325,7 @@ def _backend(spec: bytes, config: dict[str, Any], where: str) -> tokenizers.Toke
     """The library's tokenizer, and what only the configuration knows of its tokens."""
     try:
         backend = tokenizers.Tokenizer.from_buffer(spec)
+        backend.encode_batch(["a", "\U0010fffd"])  # some faults show only now
     except BaseException as e:  # the library's panics are no Exception
         if isinstance(e, KeyboardInterrupt):
             raise
@@ -340,7 +335,7 @@ def _backend(spec: bytes, config: dict[str, Any], where: str) -> tokenizers.Toke
     declared = config.get("added_tokens_decoder") or {}
     if not isinstance(declared, dict) or not all(i.isdecimal() and isinstance(t, dict) for i, t in declared.items()):
         raise ValueError(
-            f"{where}/tokenizer_config.json: added_tokens_decoder {declared!r:.80}; expected tokens by id."
+            f"{where}/tokenizer_config.json: added_tokens_decoder {declared!r:.60}; expected tokens by id."
         )
     more = config.get("additional_special_tokens")
     named = [config.get(name) for name in _NAMED] + (more if isinstance(more, list) else [])
@@ -350,20 +345,19 @@ def _backend(spec: bytes, config: dict[str, Any], where: str) -> tokenizers.Toke
     for i, entry in entries:
         text, special = _content(entry, where) or "", bool(entry.get("special"))
         at = backend.token_to_id(text)
-        if (at is None or at not in added or special > added[at].special) and i in (
-            (size,) if at is None else (at, None)
-        ):
+        fits = i == size if at is None else i in (at, None) and not (at in added and added[at].special >= special)
+        if fits:  # an id that does not come next, or has another token, is that of another tokenizer
             flags = {flag: bool(entry.get(flag)) for flag in _FLAGS}
             (backend.add_special_tokens if special else backend.add_tokens)([AddedToken(text, **flags)])
-            size = max(size, 1 + (i or 0))  # an id that does not come next is another tokenizer's
+            size = max(size, 1 + (i or 0))
     return backend
 
 
 def _ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     try:
         return backend.encode(text, add_special_tokens=False).ids
-    except TypeError as e:
-        raise ValueError(f"encode: found {text!r:.80}; expected text without lone surrogates.") from e
+    except Exception as e:  # the library raises nothing more exact
+        raise ValueError(f"encode: found {text!r:.80} ({e}); expected text, without lone surrogates.") from e
 
 
 def _chat(messages: Any, add_generation_prompt: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -441,9 +435,8 @@ def _compile(source: str | None) -> jinja2.Template:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     if source is None or len(source) > MAX_TEMPLATE:
-        found = "found none" if source is None else f"found {len(source)} characters"
-        where = f"expected up to {MAX_TEMPLATE} in chat_template.jinja or tokenizer_config.json"
-        raise ChatTemplateError(f"chat template: {found}; {where}. Add the model's own, or pass plain text.")
+        what = f"found {'none' if source is None else f'{len(source)} characters'}; expected up to {MAX_TEMPLATE}"
+        raise ChatTemplateError(f"chat template: {what}. Add the model's chat_template.jinja, or pass plain text.")
     env = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
     env.filters |= {"tojson": tojson, _STEPS: _step}
     env.globals["raise_exception"] = raise_exception

@@ -116,6 +116,22 @@ def test_a_stop_token_is_kept_in_the_ids_and_shown_only_when_asked():
         assert answer.stop_reason == 98
 
 
+def test_a_stop_string_found_at_the_very_end_cuts_text_and_ids():
+    """An incomplete character is U+FFFD once nothing can follow it, and only then a match."""
+    answer = stream(stop=["\ufffd"])
+    assert answer.push([97, 0xF0], None).text == "a"
+    delta = answer.push([], "length")
+    assert (delta.text, delta.finish_reason, answer.stop_reason) == ("", "stop", "\ufffd")
+    assert (answer.answer([], 0.0).text, answer.token_ids) == ("a", [97])
+
+
+def test_ids_past_the_vocabulary_are_no_text():
+    """A model whose embedding is padded can sample them."""
+    answer = stream()
+    delta = answer.push([97, 300, 98], "length")
+    assert (delta.text, delta.token_ids) == ("ab", [97, 300, 98])
+
+
 def test_usage_adds_up_over_samples():
     answer = stream()
     answer.push([97, 97], "length")
