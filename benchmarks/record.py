@@ -1,5 +1,6 @@
 """What every result file holds besides its figures: machine, versions, commit, command."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -29,7 +30,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load_average_before": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        "versions": _versions("jax", "jaxlib", "flax", "numpy", "transformers", "torch"),
     }
 
 
@@ -44,6 +45,15 @@ def save(name: str, result: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
+
+
+def _versions(*names: str) -> dict[str, str]:
+    """Of those that are installed: peers need not be."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _commit() -> str:

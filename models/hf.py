@@ -213,6 +213,9 @@ def _put_stacked(tree: Params, source: _Source, leaf: jax.Array, layers: int, me
     sharding = None if mesh is None else NamedSharding(mesh, spec)
     if (stack := _at(tree, path)) is None:
         stack = jnp.zeros((layers, *leaf.shape), leaf.dtype, device=sharding)
+    if stack.dtype != leaf.dtype:
+        found = f"{'.'.join(source.path)} is {leaf.dtype.name} in layer {source.layer}, {stack.dtype.name} in another"
+        raise CheckpointError(f"{source.info.file}: {found}; expected one dtype to stack. Load it with a dtype.")
     _put(tree, path, _set_layer(stack, leaf, source.layer))
 
 

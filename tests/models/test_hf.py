@@ -23,7 +23,8 @@ from jaxaroo.models.safetensors import CheckpointError, read_index, read_tensor
 from jaxaroo.sharding.rules import FSDP_TP
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-HEAD, EMBED, FLOATS = "lm_head.weight", "model.embed_tokens.weight", ("float32", "bfloat16", "float16")
+HEAD, EMBED, UP = "lm_head.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"
+FLOATS = ("float32", "bfloat16", "float16")
 tensors = lambda folder: {name: read_tensor(info) for name, info in read_index(folder).items()}
 bits = lambda folder: {name: (a.dtype, a.shape, a.tobytes()) for name, a in tensors(folder).items()}
 content = lambda folder: {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
@@ -78,6 +79,19 @@ def test_what_is_kept_is_kept_to_the_bit_and_casts_are_numpys(golden, stored, wa
         spec = lambda axes: FSDP_TP.spec(*axes[1 if axes[0] == "layers" and not stacked else 0 :])
         wanted = jax.tree.map(spec, param_axes(cfg), is_leaf=lambda axes: isinstance(axes, tuple))
         assert jax.tree.map(lambda w: w.sharding.spec, params | {"layers": layers}) == wanted
+
+
+def test_each_tensor_keeps_its_own_dtype_unless_they_cannot_be_stacked(tmp_path):
+    arrays, out = tensors(folder := scrambled("llama_bf16", tmp_path / "it")), tmp_path / "out"
+    put(folder, arrays := {name: a.astype("f4") if "norm" in name else a for name, a in arrays.items()})
+    for stacked in (False, True):
+        hf.save(out, hf.load(folder, dtype="stored", stacked=stacked), overwrite=True)
+        assert bits(out) == bits(folder)
+    put(folder, arrays | {UP: arrays[UP].astype("f2")})
+    hf.save(out, hf.load(folder, dtype="stored"), overwrite=True)
+    assert bits(out) == bits(folder)
+    refused("mlp.up is float16 in layer 1, bfloat16 in another", hf.load, folder, dtype="stored", stacked=True)
+    hf.load(folder, dtype="float32", stacked=True)
 
 
 def test_every_fault_of_the_tensors_is_named_at_once(tmp_path):
@@ -155,17 +169,24 @@ def test_a_save_replaces_only_when_told_and_leaves_nothing_beside(tmp_path, monk
 
 
 def test_like_brings_the_tokenizer_and_the_end_tokens_unless_they_changed(tmp_path):
-    source = scrambled("qwen3", tmp_path / "it")
+    source, out = scrambled("qwen3", tmp_path / "it"), tmp_path / "out"
     for name in hf.TOKENIZER_FILES:
         (source / name).write_text(f'{{"it": "{name}"}}')
+    brought = lambda folder: [(folder / name).read_text() for name in hf.TOKENIZER_FILES]
     for one, other, found in ((None, 5, (5,)), (7, [5, 3], (3, 5, 7)), ([9, 7], None, (7, 9)), (2, ..., (2,))):
         config(source, "generation_config.json", eos_token_id=other)
-        config(source, eos_token_id=one)
+        before, _ = brought(source), config(source, eos_token_id=one)
         cfg, params = hf.load(source, dtype="stored")
-        before = content(source)
+        for eos in ((), (1,), found):
+            hf.save(out, (dataclasses.replace(cfg, eos_ids=eos), params), like=source, overwrite=True)
+            assert hf.read_config(out).eos_ids == eos
+            assert config(out) | {"eos_token_id": 0} == config(source) | {"eos_token_id": 0}
         hf.save(source, (cfg, params), like=source, overwrite=True)
-        assert content(source).keys() == before.keys()
-        for eos in (found, (1,), ()):
-            hf.save(tmp_path / "out", (dataclasses.replace(cfg, eos_ids=eos), params), like=source, overwrite=True)
-            assert hf.read_config(tmp_path / "out").eos_ids == eos
-            assert config(tmp_path / "out") | {"eos_token_id": 0} == config(source) | {"eos_token_id": 0}
+        assert brought(source) == brought(out) == before
+    for name in ("tokenizer.json", "generation_config.json", "config.json"):
+        (source / name).symlink_to((source / name).rename(tmp_path / name))
+        refused(f"{name}: a link to .*cp -rL", hf.save, out, (cfg, params), like=source, overwrite=True)
+        shutil.copyfile(tmp_path / name, (source / name).unlink() or source / name)
+    assert brought(source) == brought(out)
+    (source / "generation_config.json").write_text("{")
+    refused("generation_config.json: .*plain JSON", hf.load, source)
