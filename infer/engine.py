@@ -2,9 +2,8 @@
 
 A call fills up to `max_seqs` slots with prompts, lets one compiled loop advance all of them by a chunk of tokens,
 looks at the new tokens on the host (stop strings, timeouts, aborts), and hands slots that became free to waiting
-prompts, one at a time unless all are free. Slots, capacity and the prefill's chunk come in powers of two or four, so
-after a shape has been seen once nothing compiles again, whatever the settings. The host reads one small set of arrays
-per chunk.
+prompts, one at a time unless all are free. Slots, capacity and the prefill's chunk come in few sizes, so after a shape
+has been seen once nothing compiles again, whatever the settings. The host reads one small set of arrays per chunk.
 """
 
 import asyncio
@@ -286,7 +285,7 @@ class _Call:
         self.began = time.perf_counter()
         self.waiting = deque((r, i) for r in range(len(requests)) for i in range(requests[r].sampling.n))
         total = max(len(r.token_ids) + r.max_tokens for r in requests)
-        self.capacity = _bucket(total, MIN_CAPACITY)
+        self.capacity = _capacity(total)
         self.batch = min(_bucket(len(self.waiting)), engine.max_seqs)
         self.biased = _bucket(max(len(r.sampling.logit_bias) for r in requests), 0)
         self.stops = _bucket(max(len(engine._eos | set(r.sampling.stop_token_ids)) for r in requests), 8)
@@ -344,7 +343,7 @@ class _Call:
                 self.params,
                 tokens,
                 new_rows,
-                chunk=min(next(c for c in PREFILL_CHUNKS if c >= longest or c == PREFILL_CHUNKS[-1]), self.capacity),
+                chunk=self._prefill_chunk(longest),
                 top_n=self.top_n,
                 mode=engine._mode,
                 cache_dtype=engine._kv_dtype,
@@ -361,6 +360,11 @@ class _Call:
             stream = AnswerStream(self.requests[r], i, engine.tokenizer, self._stop_ids(self.requests[r]))
             self.slots[slot] = _Slot(r, stream, start - self.began, spent, time.perf_counter())
         return state, rows
+
+    def _prefill_chunk(self, longest: int) -> int:
+        """The smallest chunk that takes the longest prompt at once, else the largest that divides the capacity."""
+        fitting = [c for c in PREFILL_CHUNKS if self.capacity % c == 0]
+        return next((c for c in fitting if c >= longest), fitting[-1])
 
     def _harvest(self, state: device.DecodeState) -> Iterator[Delta]:
         """Read what the device wrote, end rows that are done, free their slots."""
@@ -440,6 +444,12 @@ class _Call:
 def _bucket(n: int, least: int = 1) -> int:
     """The smallest power of two that is at least n; `least` when n is no more than that."""
     return least if n <= least else 1 << (n - 1).bit_length()
+
+
+def _capacity(n: int) -> int:
+    """Slots for n tokens: 64, 128, then two sizes an octave (192, 256, 384, 512, ...), for a step reads them all."""
+    whole = _bucket(n, MIN_CAPACITY)
+    return whole * 3 // 4 if n <= whole * 3 // 4 and whole > 2 * MIN_CAPACITY else whole
 
 
 def _int32(values: Any) -> Any:

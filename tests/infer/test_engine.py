@@ -59,6 +59,18 @@ def test_a_batch_equals_single_runs_whatever_the_number_of_slots():
     assert [len(a) for a in alone] == [s.max_tokens for s in settings]
 
 
+def test_prompts_of_any_length_fit_a_capacity_and_a_chunk(monkeypatch):
+    """Around every border of the sizes: the answer equals that of one uncached forward."""
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNKS", (4, 16, 64))
+    engine = Engine(Model(dataclasses.replace(CFG, max_positions=512), model().params), max_seqs=1)
+    for n in (3, 4, 5, 16, 17, 63, 64, 65, 127, 128, 129, 189, 190, 191, 253, 300):
+        ids = np.random.default_rng(n).integers(32, 127, n)
+        [result] = engine.generate(ids, Sampling(max_tokens=3, temperature=0.0, ignore_eos=True))
+        line = [*ids, *result.outputs[0].token_ids]
+        z = logits(model(), np.pad([line], ((0, 0), (0, 303 - len(line)))))[0]
+        assert line[n:] == np.argmax(z[n - 1 : n + 2], axis=-1).tolist()
+
+
 def naive(text: str, stop):
     """Where the earliest stop string begins in the whole text."""
     found = [(text.find(s), s) for s in stop if s in text]
