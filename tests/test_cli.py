@@ -128,7 +128,7 @@ def test_a_malformed_line_is_named(capsys, speaking, tmp_path, content, message)
         (["generate", "--model", "{g}", "--tokens", "1", "--chat"], 2, "--chat"),
         (["info", "{m}/none"], 1, "config.json"),
         (["convert", "{m}", "{m}"], 2, "source and target are both"),
-        (["convert", "{m}", "{g}"], 1, "expected a new or an empty folder"),
+        (["convert", "{m}", "{g}"], 1, "expected a new or empty folder"),
     ],
 )
 def test_bad_input_is_explained_without_a_traceback(capsys, speaking, argv, status, message):
