@@ -103,6 +103,8 @@ def test_every_fault_of_the_tensors_is_named_at_once(tmp_path):
     refused("".join(f"(?=.*{re.escape(text)})" for text in [*named, "norm.weight of dtype int64;"]), hf.load, folder)
     config(folder, num_hidden_layers=9)
     refused(r"missing model\.layers.* and \d+ more\.", hf.load, folder)
+    config(folder, num_hidden_layers=10_001)
+    refused("num_hidden_layers is 10001; .*at most 10000", hf.load, folder)
 
 
 def test_a_tied_head_may_be_there_too_if_it_is_the_same_to_the_bit(tmp_path, monkeypatch):
