@@ -2,8 +2,8 @@
 
 `_LAYER` and `_ENDS` are the whole correspondence: for each of our parameters the name of its tensor and its axes,
 `"NH,D"` meaning that the file holds `[N*H, D]` and we hold `[N, H, D]`. Import and export only reshape, so what passes
-through unchanged is identical to the byte. Tensors pass one at a time: the host never holds more than one of them
-beside what is already placed.
+through unchanged is identical to the byte. Tensors pass one at a time: beside what is already placed the host holds
+one of them, or the few that a CPU backend lets go of late; less than a shard.
 """
 
 import dataclasses

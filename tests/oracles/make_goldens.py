@@ -1,7 +1,7 @@
 """Writes tests/goldens: tiny random checkpoints and what Hugging Face transformers computes from them.
 
-    python3.11 -m venv /tmp/oracle && /tmp/oracle/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors numpy
-    /tmp/oracle/bin/python tests/oracles/make_goldens.py [case ...]      # no case: all of them, under a minute
+    python3.11 -m venv .venv-oracle && .venv-oracle/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors numpy
+    .venv-oracle/bin/python tests/oracles/make_goldens.py [case ...]      # no case: all of them, under a minute
 
 The tests read only the files; torch and transformers are needed here and nowhere else.
 

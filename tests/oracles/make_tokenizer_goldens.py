@@ -1,7 +1,7 @@
 """Writes tests/goldens/tokenizer: tiny tokenizers, and what Hugging Face transformers makes of text and chats by them.
 
-    python3.11 -m venv /tmp/oracle && /tmp/oracle/bin/pip install transformers==5.23.0 tokenizers==0.23.3 jinja2
-    PYTHONPATH=LINK /tmp/oracle/bin/python tests/oracles/make_tokenizer_goldens.py  # LINK/jaxaroo -> this checkout
+    python3.11 -m venv .venv-oracle && .venv-oracle/bin/pip install transformers==5.23.0 tokenizers==0.23.3 jinja2
+    PYTHONPATH=LINK .venv-oracle/bin/python tests/oracles/make_tokenizer_goldens.py  # LINK/jaxaroo -> this checkout
 
 The tests read only the files; transformers (without torch) is needed here and nowhere else. A case holds a tokenizer
 as `AutoTokenizer` reads it and `io.json`:
