@@ -110,6 +110,12 @@ def test_a_slip_has_one_first_wrong_line_and_goes_on_to_an_answer(slip):
         stated = [line.split() for line in lines[:-1]]
         true = [max(0, eval(f"{a}{op.replace('/', '//')}{b}")) == int(c) for a, op, b, _, c in stated]
         assert true.count(False) == (slip == "result")  # the other slips are sound arithmetic on the wrong thing
+        if slip == "skip":  # a whole event: a product goes with the line that uses it
+            heads = [i for i, line in enumerate(p.plan) if line.right is not None]
+            spans = [range(i, i + 1 + (p.plan[i].left is not None)) for i in heads]
+            without = [[line.op for i, line in enumerate(p.plan) if i not in span] for span in spans]
+            assert [op for _, op, *_ in stated] in without
+            assert all(b != "0" for _, _, b, *_ in stated)
     assert made > 100
     assert len(firsts) > 2
 
