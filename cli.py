@@ -263,7 +263,9 @@ def quickstart(*, out: Path = Path("quickstart-out"), seconds: float = 60.0, pro
     print(
         f"training {sum(p.size for p in jax.tree.leaves(params)):,} parameters on {jax.devices()[0]}", file=sys.stderr
     )
-    batches = windows(tokenizer.encode(read_verse(), bos=False), batch=12, length=length, seed=0)
+    assert tokenizer.bos_id is not None
+    text = tokenizer.encode(read_verse(), bos=False)
+    batches = windows(text, batch=12, length=length, seed=0, bos_id=tokenizer.bos_id)
     state, records = fit(
         init_state(params, tx), make_train_step(cfg, tx), batches, steps=steps, seconds=seconds, progress=True
     )

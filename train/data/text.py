@@ -14,16 +14,19 @@ def read_verse() -> str:
     return resources.files(__name__.rpartition(".")[0]).joinpath("paterson.txt").read_text(encoding="utf-8")
 
 
-def windows(ids: Sequence[int], batch: int, length: int, seed: int) -> Iterator[np.ndarray]:
+def windows(ids: Sequence[int], batch: int, length: int, seed: int, bos_id: int) -> Iterator[np.ndarray]:
     """Endless batches of random windows, int32 of shape [batch, length + 1]; the same seed gives the same batches.
+
+    Each begins with `bos_id`, as prompts will, and goes on with `length` tokens from anywhere in the text.
 
     Raises:
       ValueError: if the text is shorter than one window.
     """
     text = np.asarray(ids, np.int32)
-    if len(text) <= length:
-        raise ValueError(f"windows: {len(text)} tokens of text; expected more than the window, {length}.")
+    if len(text) < length:
+        raise ValueError(f"windows: {len(text)} tokens of text; expected at least a window, {length}.")
     rng = np.random.default_rng(seed)
     while True:
-        start = rng.integers(0, len(text) - length, size=batch)
-        yield text[start[:, None] + np.arange(length + 1)]
+        start = rng.integers(0, len(text) - length + 1, size=batch)
+        part = text[start[:, None] + np.arange(length)]
+        yield np.concatenate([np.full((batch, 1), bos_id, np.int32), part], axis=1)

@@ -15,19 +15,20 @@ def test_the_verse_ships_with_the_package():
 
 def test_windows_are_runs_of_the_text_and_the_same_for_the_same_seed():
     ids = np.arange(50) * 7
-    first, again, other = (windows(ids, 4, 10, seed) for seed in (1, 1, 2))
+    first, again, other = (windows(ids, 4, 10, seed, bos_id=3) for seed in (1, 1, 2))
     starts = set()
     for _ in range(60):
         batch = next(first)
         assert batch.shape == (4, 11)
-        np.testing.assert_array_equal(np.diff(batch, axis=1), 7)
+        np.testing.assert_array_equal(batch[:, 0], 3)
+        np.testing.assert_array_equal(np.diff(batch[:, 1:], axis=1), 7)
         np.testing.assert_array_equal(batch, next(again))
-        starts |= {*batch[:, 0] // 7}
-    assert starts == set(range(40))  # every window can be drawn, the last one included
-    assert not np.array_equal(next(windows(ids, 4, 10, 1)), next(other))
+        starts |= {*batch[:, 1] // 7}
+    assert starts == set(range(41))  # every window can be drawn, the last one included
+    assert not np.array_equal(next(windows(ids, 4, 10, 1, 3)), next(other))
 
 
 @pytest.mark.errors
 def test_a_text_shorter_than_a_window_is_refused():
-    with pytest.raises(ValueError, match="10 tokens of text; expected more than the window, 10"):
-        next(windows(range(10), 1, 10, 0))
+    with pytest.raises(ValueError, match="9 tokens of text; expected at least a window, 10"):
+        next(windows(range(9), 1, 10, 0, 3))
