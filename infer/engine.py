@@ -303,6 +303,8 @@ class _Call:
         while any(self.slots) or self.waiting:
             free = [i for i, s in enumerate(self.slots) if s is None]
             if self.waiting and free:
+                if len(free) == self.batch:
+                    state = rows = None  # let go of the old cache before there is a new one
                 state, rows = self._admit(state, rows, free)
             else:
                 halt = np.array([s is None for s in self.slots])
@@ -318,7 +320,7 @@ class _Call:
     def _admit(self, state, rows, free: list[int]):
         """Prefill waiting samples: into all slots at once, which makes a new state, or into one that is free."""
         engine, start = self.engine, time.perf_counter()
-        width = self.batch if len(free) == self.batch else 1
+        width = self.batch if state is None else 1
         taken = [self.waiting.popleft() for _ in range(min(width, len(self.waiting)))]
         requests = [self.requests[r] for r, _ in taken]
         pad = width - len(taken)
@@ -348,7 +350,7 @@ class _Call:
                 mode=engine._mode,
                 cache_dtype=engine._kv_dtype,
             )
-            if width == self.batch:
+            if state is None:
                 state, rows = new_state, new_rows
             else:
                 state, rows = device.insert(state, rows, new_state, new_rows, _int32(free[:1]))

@@ -71,6 +71,19 @@ def test_prompts_of_any_length_fit_a_capacity_and_a_chunk(monkeypatch):
         assert line[n:] == np.argmax(z[n - 1 : n + 2], axis=-1).tolist()
 
 
+def test_a_full_refill_lets_go_of_the_old_cache_first(monkeypatch):
+    """Two caches at a time would halve what fits on a device."""
+    alive, prefill = [], engine_module.device.prefill
+
+    def counting(*args, **options):
+        alive.append(sum(a.shape == (3, 64, 1, 8) for a in jax.live_arrays()))
+        return prefill(*args, **options)
+
+    monkeypatch.setattr(engine_module.device, "prefill", counting)
+    make(max_seqs=3).generate(["go"] * 6, Sampling(max_tokens=4, ignore_eos=True))
+    assert alive == [0, 0]
+
+
 def naive(text: str, stop):
     """Where the earliest stop string begins in the whole text."""
     found = [(text.find(s), s) for s in stop if s in text]
