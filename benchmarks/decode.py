@@ -2,15 +2,19 @@
 
 A decode step at small batch reads every weight once and the whole key-value cache, and computes little: its floor is
 bytes over bandwidth. So this prints tokens per second, the bytes a step must read, the bandwidth that this achieves,
-and beside it what the same machine does in the same run when it only reads (matrix-vector product) or copies.
-`--against transformers` runs Hugging Face `generate` with the same weights and prompts, interleaved.
+and beside it what the same machine does in the same run when it only reads (a matrix-vector product of 4096 x 4096, and
+one that reads about as many bytes as a decode step) or copies. `--against transformers` runs Hugging Face `generate`
+with the same weights and prompts, interleaved. `--busy N` keeps N other processes spinning meanwhile: on shared
+machines that is the common case, and thread pools differ most there.
 
     python -m benchmarks.decode                               (from the repository root)
-    python -m benchmarks.decode --against transformers
+    python -m benchmarks.decode --against transformers --busy 2
     python -m benchmarks.decode --shape llama-8b --dtype bfloat16      (on an accelerator)
 """
 
 import argparse
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,16 +34,22 @@ from jaxaroo.models.decoder import Model, init_params, unstack_layers
 PROMPT, NEW = 64, 128
 
 
-def measure_bandwidth(dtype: str, repeats: int = 10) -> dict[str, float]:
-    """Bytes per second of a matrix-vector product (reads) and of a copy (read + write), the best of `repeats`."""
+def measure_bandwidth(dtype: str, need: float, repeats: int = 10) -> dict[str, float]:
+    """Bytes per second of matrix-vector products (reads) and of a copy (read + write), the best of `repeats`.
+
+    `matvec` is square; `matvec_long` reads about `need` bytes, which no cache of a CPU holds.
+    """
     size = 8192 if jax.default_backend() != "cpu" else 4096
     w, x = jnp.ones((size, size), dtype), jnp.ones(size, dtype)
+    rows = max(1, round(need / (w.nbytes / size)))
+    long = jnp.ones((rows, size), dtype)
     matvec = jax.jit(lambda w, x: jnp.einsum("oi,i->o", w, x, preferred_element_type=jnp.float32))
     copy = jax.jit(lambda w: w + 1)
     best = lambda f: min(_seconds(f) for _ in range(repeats))
-    jax.block_until_ready((matvec(w, x), copy(w)))
+    jax.block_until_ready((matvec(w, x), matvec(long, x), copy(w)))
     return {
         "matvec": w.nbytes / best(lambda: matvec(w, x).block_until_ready()),
+        "matvec_long": long.nbytes / best(lambda: matvec(long, x).block_until_ready()),
         "copy": 2 * w.nbytes / best(lambda: copy(w).block_until_ready()),
     }
 
@@ -104,15 +114,28 @@ def main() -> None:
     args.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     args.add_argument("--runs", type=int, default=20)
     args.add_argument("--against", choices=["transformers"])
+    args.add_argument("--busy", type=int, default=0, help="other processes to keep spinning")
     args.add_argument("--name", default=None, help="of the results file")
     opts = args.parse_args()
 
     result: dict[str, Any] = {"benchmark": "decode", "shape": opts.shape, "dtype": opts.dtype}
-    result |= {"prompt": PROMPT, "new": NEW, "environment": record.environment(), "rows": []}
+    result |= {"prompt": PROMPT, "new": NEW, "busy": opts.busy, "environment": record.environment(), "rows": []}
     cfg = SHAPES[opts.shape]
     cfg = type(cfg)(**{**cfg.__dict__, "dtype": opts.dtype})
     make = jax.jit(lambda k: jax.tree.map(lambda w: w.astype(opts.dtype), init_params(cfg, k)))
     model = Model(cfg, unstack_layers(make(jax.random.key(0))))
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(opts.busy)]
+    try:
+        measure(model, opts, result)
+    finally:
+        for other in others:
+            other.kill()
+    record.save(opts.name or f"decode-{opts.shape}-{jax.default_backend()}{'-busy' * bool(opts.busy)}", result)
+
+
+def measure(model: Model, opts: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Fill `result["rows"]`, one for each batch size."""
+    cfg = model.config
     for batch in opts.batch:
         prompts = np.random.default_rng(0).integers(3, cfg.vocab_size, (batch, PROMPT))
         sides = {"jaxaroo": ours(model, prompts)}
@@ -124,10 +147,9 @@ def main() -> None:
         for _ in range(opts.runs):  # interleaved, so that a busy moment hits all
             for name, run in sides.items():
                 times[name].append(run())
-            reads.append(measure_bandwidth(opts.dtype, repeats=3))
+            reads.append(measure_bandwidth(opts.dtype, step_bytes(model, batch, PROMPT + NEW / 2), repeats=3))
         result["rows"].append(_row(model, batch, first, times, reads))
         _print_row(result["rows"][-1])
-    record.save(opts.name or f"decode-{opts.shape}-{jax.default_backend()}", result)
 
 
 def _row(model, batch, first, times, reads) -> dict[str, Any]:
@@ -145,6 +167,7 @@ def _row(model, batch, first, times, reads) -> dict[str, Any]:
         "step_bytes": need,
         "achieved_bytes_per_second": achieved,
         "matvec_bytes_per_second": matvec,
+        "long_matvec_bytes_per_second": record.spread([r["matvec_long"] for r in reads]),
         "copy_bytes_per_second": record.spread([r["copy"] for r in reads]),
         "fraction_of_matvec_bandwidth": achieved / matvec["median"],
     }
