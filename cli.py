@@ -9,9 +9,10 @@ import json as jsonlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -229,16 +230,19 @@ def quickstart(*, out: Path = Path("quickstart-out"), seconds: float = 60.0, pro
       prompt: what the model continues.
     """
     import jax
-    import optax
 
     from .infer.engine import Engine
     from .infer.sampling import Sampling
     from .models.decoder import DecoderConfig, Model, init_params
     from .models.hf import load, save
     from .models.tokenizer import byte_tokenizer, load_tokenizer
+    from .train.data.pipeline import count_units
     from .train.data.text import read_verse, windows
     from .train.loop import fit
-    from .train.step import init_state, make_train_step
+    from .train.objectives import sft
+    from .train.optimizer import OptimizerConfig, make_optimizer
+    from .train.state import init_state
+    from .train.step import make_train_step
 
     folder = out / "checkpoint"
     if out.exists() and any(p.name != "checkpoint" for p in out.iterdir()):
@@ -256,9 +260,7 @@ def quickstart(*, out: Path = Path("quickstart-out"), seconds: float = 60.0, pro
         tie_embeddings=True,
         eos_ids=tokenizer.eos_ids,
     )
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(optax.warmup_cosine_decay_schedule(0, 3e-3, 20, steps))
-    )
+    tx = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup_steps=20, decay_to=0.0, weight_decay=1e-4), steps)
     params = jax.jit(lambda: init_params(cfg, jax.random.key(0)))()
     print(
         f"training {sum(p.size for p in jax.tree.leaves(params)):,} parameters on {jax.devices()[0]}", file=sys.stderr
@@ -266,9 +268,9 @@ def quickstart(*, out: Path = Path("quickstart-out"), seconds: float = 60.0, pro
     assert tokenizer.bos_id is not None
     text = tokenizer.encode(read_verse(), bos=False)
     batches = windows(text, batch=12, length=length, seed=0, bos_id=tokenizer.bos_id)
-    state, records = fit(
-        init_state(params, tx), make_train_step(cfg, tx), batches, steps=steps, seconds=seconds, progress=True
-    )
+    step, end, records = make_train_step(sft.make_loss(cfg), tx, count_units), time.monotonic() + seconds, []
+    enough = lambda _: time.monotonic() > end
+    state = fit(init_state(params, tx), step, batches, steps=steps, log=records.extend, stop=enough, progress=True)
     last = records[-1]
     print(f"loss {records[0]['loss']:.3f} -> {last['loss']:.3f} nats a byte in {last['step']} steps", file=sys.stderr)
     save(folder, Model(cfg, state.params), overwrite=True)
@@ -282,8 +284,237 @@ def quickstart(*, out: Path = Path("quickstart-out"), seconds: float = 60.0, pro
     return 0
 
 
+# ------------------------------------------------------------------------------------------------------------- train
+def train_sft() -> int:
+    """Fine-tune a model on prompts and completions."""
+    raise AssertionError("`main` puts what `_train_sft` makes in this place")
+
+
+def _train_sft(args: list[str]) -> Callable[..., int]:
+    """The command with all its settings, those of `--config` as defaults; made when needed, since it imports JAX."""
+    from .train.config import build, read_settings
+    from .train.run import RunConfig, start
+
+    config = _config_of(args)
+    needed = dict.fromkeys(("model", "data", "out"), tyro.MISSING)
+    default = build(RunConfig, needed | (read_settings(RunConfig, config) if config else {}))
+
+    def command(
+        *,
+        settings: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
+        config: Path | None = None,
+        coordinator: str | None = None,
+        num_processes: int | None = None,
+        process_id: int | None = None,
+    ) -> int:
+        """Fine-tune a model on prompts and completions.
+
+        Args:
+          settings: of the run.
+          config: YAML file of settings; what is given here as well wins.
+          coordinator: HOST:PORT of process 0, when a run of several processes is not started by SLURM or on a TPU pod.
+          num_processes: how many take part.
+          process_id: which of them this is.
+        """
+        _join(coordinator, num_processes, process_id)
+        return _leave(start("sft", settings, progress=True), settings.out)
+
+    return command
+
+
+def _config_of(args: list[str]) -> Path | None:
+    """What stands behind `--config`; the parser comes too late for it, as it wants the defaults first."""
+    for i, arg in enumerate(args):
+        if arg == "--config" and i + 1 < len(args):
+            return Path(args[i + 1])
+        if arg.startswith("--config="):
+            return Path(arg.removeprefix("--config="))
+    return None
+
+
+def train_resume(
+    folder: tyro.conf.Positional[Path],
+    /,
+    *,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> int:
+    """Go on with a run that was left, by whatever it was stopped.
+
+    Args:
+      folder: the run's --out.
+      coordinator: HOST:PORT of process 0, when a run of several processes is not started by SLURM or on a TPU pod.
+      num_processes: how many take part.
+      process_id: which of them this is.
+    """
+    from .train.run import resume
+
+    _join(coordinator, num_processes, process_id)
+    return _leave(resume(folder, progress=True), folder)
+
+
+def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    from .sharding.mesh import start_processes
+
+    start_processes(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
+
+
+def _leave(outcome: Any, out: Path) -> int:
+    """Say where the run stands; the exit status of one that was stopped is that of its signal."""
+    if outcome.finished:
+        print(f"step {outcome.step}: wrote {out / 'model'}, curve in {out / 'loss.png'}", file=sys.stderr)
+        return 0
+    print(f"stopped at step {outcome.step}; go on with: jaxaroo train resume {out}", file=sys.stderr)
+    return 128 + (outcome.signal or 15)
+
+
+# -------------------------------------------------------------------------------------------------------------- eval
+def eval_lm(
+    *,
+    model: Path,
+    data: str,
+    window: int = 1024,
+    stride: int | None = None,
+    batch: int = 8,
+    limit: int | None = None,
+    dtype: FloatType | None = None,
+    arithmetic_level: int = 2,
+    arithmetic_hi: int = 20,
+    json: bool = False,
+) -> int:
+    """Perplexity: how well a model predicts text, or completions given their prompts.
+
+    Args:
+      model: folder of a Hugging Face checkpoint.
+      data: a .txt file, rows of prompts and completions as for training, or builtin:arithmetic (its test problems).
+      window: tokens that the model sees at a time.
+      stride: tokens from window to window in longer texts; half a window when not given.
+      batch: windows scored together.
+      limit: rows to read at most; 1000 test problems of the embedded task when not given, all of a file.
+      dtype: of weights and activations; float32 on CPU and bfloat16 elsewhere when not given.
+      arithmetic_level: kind of the embedded problems, 1 to 4.
+      arithmetic_hi: size of their numbers.
+      json: print one JSON object.
+    """
+    from .infer.evaluate import evaluate_lm
+    from .models.hf import load
+    from .models.tokenizer import load_tokenizer
+    from .train.data.tokenise import encode_sft
+
+    tokenizer, size = load_tokenizer(model), None
+    if data.endswith(".txt"):
+        text = Path(data).read_text(encoding="utf-8")
+        rows, starts, size = [tokenizer.encode(text)], [0], len(text.encode())
+    else:
+        encoded = [encode_sft(tokenizer, row) for row in _problems(data, "sft", limit, arithmetic_level, arithmetic_hi)]
+        rows, starts = [e.ids for e in encoded], [int(e.scored.argmax()) for e in encoded]
+    report = evaluate_lm(
+        load(model, dtype=dtype),
+        rows,
+        window=window,
+        stride=stride,
+        batch=batch,
+        loss_from=starts,
+        num_bytes=size,
+        progress=not json,
+    )
+    per_byte = "" if report.bits_per_byte is None else f", {report.bits_per_byte:.4f} bits a byte"
+    line = f"perplexity {report.perplexity:.4f} ({report.mean:.4f} nats a token{per_byte}) over {report.tokens} tokens"
+    print(_dumps(report._asdict()) if json else line)
+    return 0
+
+
+def eval_answers(
+    *,
+    model: Path,
+    data: str,
+    limit: int | None = None,
+    samples: int = 1,
+    temperature: float = 0.0,
+    max_new_tokens: int = 512,
+    seed: int = 0,
+    stop: tuple[str, ...] = (),
+    chat: bool = False,
+    dtype: FloatType | None = None,
+    max_seqs: int = 32,
+    out: Path | None = None,
+    arithmetic_level: int = 2,
+    arithmetic_hi: int = 20,
+    json: bool = False,
+) -> int:
+    """Let a model answer questions, and count the final answers that are right.
+
+    Args:
+      model: folder of a Hugging Face checkpoint.
+      data: rows with `question` and `answer` (GSM8K), or with `prompt` and `answer`; or builtin:arithmetic.
+      limit: questions to ask at most; 200 of the embedded task's test problems when not given, all of a file.
+      samples: answers to each; more than one adds pass@k and the majority's vote.
+      temperature: 0 is greedy.
+      max_new_tokens: tokens to write at most.
+      seed: makes the answers repeatable.
+      stop: strings that end an answer.
+      chat: wrap questions in the model's chat template.
+      dtype: of weights and activations; float32 on CPU and bfloat16 elsewhere when not given.
+      max_seqs: answers written at the same time.
+      out: JSONL file for questions, answers and verdicts.
+      arithmetic_level: kind of the embedded problems, 1 to 4.
+      arithmetic_hi: size of their numbers.
+      json: print one JSON object.
+    """
+    from .infer.engine import Engine
+    from .infer.evaluate import Question, evaluate_answers
+    from .infer.sampling import Sampling
+    from .models.hf import load
+    from .models.tokenizer import load_tokenizer
+
+    if samples > 1 and temperature == 0:
+        raise UsageError("eval answers: --samples above 1 needs a --temperature above 0, or all are the same.")
+    questions = []
+    for row in _problems(data, "auto", limit, arithmetic_level, arithmetic_hi):
+        if not isinstance(answer := row.get("answer"), str):
+            raise ValueError(f"eval answers: a row of {data} has columns {sorted(row)}; expected an `answer` in text.")
+        prompt = [{"role": "user", "content": row["prompt"]}] if chat else row["prompt"]
+        questions.append(Question(prompt, answer))
+    settings = Sampling(temperature=temperature, max_tokens=max_new_tokens, seed=seed, stop=stop)
+    with Engine(load(model, dtype=dtype), load_tokenizer(model), max_seqs=max_seqs) as engine:
+        report = evaluate_answers(engine, questions, settings, samples=samples, progress=not json)
+    result = {name: value for name, value in report._asdict().items() if name != "rows"}
+    if out is not None:
+        out.write_text("".join(_dumps(row) + "\n" for row in report.rows), encoding="utf-8")
+    low, high = report.interval
+    line = f"accuracy {report.accuracy:.4f} (95 %: {low:.4f} to {high:.4f}) over {report.n} questions"
+    most = max(report.pass_at)
+    more = (
+        "" if report.majority is None else f"; majority {report.majority:.4f}, pass@{most} {report.pass_at[most]:.4f}"
+    )
+    print(_dumps(result) if json else line + more)
+    return 0
+
+
+def _problems(data: str, layout: Any, limit: int | None, level: int, hi: int) -> Iterator[Any]:
+    from .train.data.arithmetic import ArithmeticConfig, ArithmeticExamples
+    from .train.data.formats import open_examples
+
+    if data == "builtin:arithmetic":
+        number = 200 if layout == "auto" else 1000
+        examples: Any = ArithmeticExamples(ArithmeticConfig(level=level, hi=hi), "test", limit or number)
+    else:
+        examples = open_examples(Path(data), layout, progress=True)
+    yield from (examples[i] for i in range(min(len(examples), limit or len(examples))))
+
+
 # --------------------------------------------------------------------------------------------------------------- main
-COMMANDS = {"generate": generate, "convert": convert, "info": info, "quickstart": quickstart}
+COMMANDS: dict[str, Callable[..., int]] = {
+    "generate": generate,
+    "convert": convert,
+    "info": info,
+    "train sft": train_sft,
+    "train resume": train_resume,
+    "eval lm": eval_lm,
+    "eval answers": eval_answers,
+    "quickstart": quickstart,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -291,11 +522,17 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     _use_compilation_cache()
     try:
-        return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="jaxaroo", args=argv, description=__doc__)
+        args = list(sys.argv[1:] if argv is None else argv)
+        commands = COMMANDS | ({"train sft": _train_sft(args)} if args[:2] == ["train", "sft"] else {})
+        if " ".join(args[:2]) in commands:
+            args = [" ".join(args[:2]), *args[2:]]
+        elif any(name.startswith(f"{args[0]} ") for name in commands if args):  # `jaxaroo train`, and typos behind it
+            commands, args = {name: f for name, f in commands.items() if name.startswith(args[0])}, args[1:]
+        return tyro.extras.subcommand_cli_from_dict(commands, prog="jaxaroo", args=args, description=__doc__)
     except UsageError as e:
         print(f"jaxaroo: {e}", file=sys.stderr)
         return 2
-    except (ValueError, OSError, MemoryError) as e:
+    except (ValueError, OSError, MemoryError, ArithmeticError) as e:
         print(f"jaxaroo: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

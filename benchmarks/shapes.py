@@ -1,18 +1,9 @@
 """Model shapes that benchmarks and proofs share."""
 
 from jaxaroo.models.decoder import DecoderConfig
+from jaxaroo.models.presets import PRESETS
 
-LLAMA_100M = DecoderConfig(
-    vocab_size=32_000,
-    embed_dim=768,
-    ffn_dim=2048,
-    num_layers=12,
-    num_heads=12,
-    num_kv_heads=4,
-    head_dim=64,
-    rope_theta=500_000.0,
-    max_positions=2048,
-)
+LLAMA_100M = PRESETS["100m"]
 
 LLAMA_8B = DecoderConfig(
     vocab_size=128_256,

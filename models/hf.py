@@ -9,6 +9,7 @@ one of them, or the few that a CPU backend lets go of late; less than a shard.
 import dataclasses
 import functools
 import json
+import logging
 import math
 import os
 import secrets
@@ -22,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
-from ..sharding.rules import REPLICATED, Rules
+from ..sharding.rules import REPLICATED, Rules, divisible
 from .decoder import DecoderConfig, Model, Params, param_axes, param_shapes
 from .hf_config import ARCHITECTURES, canonical, config_to_hf, inside, read_config
 from .safetensors import CheckpointError, TensorInfo, read_index, read_json, read_rows, read_tensor, write
@@ -134,14 +135,16 @@ def load(
             names = _at(labels, ("layers", *source.path) if source.layer is not None else source.path)
             if source.layer is not None:
                 names = names[1:]
-            sharding = None if mesh is None else NamedSharding(mesh, rules.spec(*names))
+            sharding = None if mesh is None else _fitting(mesh, rules, names, _our_shape(source.axes, cfg), source.path)
             leaf = _place(source, cfg, to, sharding)
             if source.layer is None:
                 _put(tree, source.path, leaf)
             elif not stacked:
                 _put(tree, ("layers", source.layer, *source.path), leaf)
             else:
-                _put_stacked(tree, source, leaf, cfg.num_layers, mesh, rules.spec("layers", *names))
+                shape = (cfg.num_layers, *leaf.shape)
+                stacked_as = None if mesh is None else _fitting(mesh, rules, ("layers", *names), shape, source.path)
+                _put_stacked(tree, source, leaf, cfg.num_layers, stacked_as)
             bar.update(source.info.nbytes)
     if not stacked:
         tree["layers"] = tuple(tree["layers"][i] for i in range(cfg.num_layers))
@@ -208,9 +211,13 @@ def _place(source: _Source, cfg: DecoderConfig, dtype: Any, sharding: NamedShard
     return jax.make_array_from_callback(host.shape, sharding, piece).block_until_ready()
 
 
-def _put_stacked(tree: Params, source: _Source, leaf: jax.Array, layers: int, mesh: Mesh | None, spec: Any) -> None:
+def _fitting(mesh: Mesh, rules: Rules, names, shape: tuple[int, ...], path) -> NamedSharding:
+    """What the mesh does not divide is replicated, as `Rules.shardings` does."""
+    return NamedSharding(mesh, divisible(rules.spec(*names), shape, mesh.shape, ".".join(path), logging.DEBUG))
+
+
+def _put_stacked(tree: Params, source: _Source, leaf: jax.Array, layers: int, sharding: NamedSharding | None) -> None:
     path = ("layers", *source.path)
-    sharding = None if mesh is None else NamedSharding(mesh, spec)
     if (stack := _at(tree, path)) is None:
         stack = jnp.zeros((layers, *leaf.shape), leaf.dtype, device=sharding)
     if stack.dtype != leaf.dtype:

@@ -1,17 +1,23 @@
 """Logical axes to mesh axes: one field per logical axis, one instance per strategy.
 
 A parameter carries the names of its logical axes (`axes=("embed", "heads", "head_dim")`); a `Rules` says on which mesh
-axes each of them lies. The mesh axes are always `data`, `fsdp` and `tensor`. Activations are pinned in three places
-only: heads, residual stream, logits.
+axes each of them lies. The mesh axes are those of `mesh.py`: `data`, `fsdp`, `tensor` and `sequence`. Activations are
+pinned in three places only: heads, residual stream, logits. A dimension that its mesh axes do not divide is replicated,
+and the log says so.
 """
 
 import dataclasses
+import logging
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Axis = str | tuple[str, ...] | None
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,18 +35,106 @@ class Rules:
     vocab: Axis = None
 
     def spec(self, *axes: str | None) -> PartitionSpec:
-        """The partition of an array whose dimensions carry these logical names."""
-        return PartitionSpec(*(None if a is None else getattr(self, a) for a in axes))
+        """The partition of an array whose dimensions carry these logical names.
+
+        Raises ValueError when two of them lie on one mesh axis: an array has only one dimension to give it.
+        """
+        parts = [None if a is None else getattr(self, a) for a in axes]
+        used = [name for part in parts for name in _names(part)]
+        if twice := sorted({name for name in used if used.count(name) > 1}):
+            raise ValueError(
+                f"Rules.spec: axes {axes} put mesh axis {', '.join(twice)} on two dimensions; expected each mesh axis "
+                "at most once an array. Change one of the rules."
+            )
+        return PartitionSpec(*parts)
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Pin the layout of an activation; the identity when no mesh is set."""
         mesh = jax.sharding.get_abstract_mesh()
-        return x if mesh.empty else jax.lax.with_sharding_constraint(x, self.spec(*axes))
+        if mesh.empty:
+            return x
+        spec = divisible(self.spec(*axes), x.shape, mesh.shape, f"activation {axes}")
+        return jax.lax.with_sharding_constraint(x, spec)
 
-    def shardings(self, mesh: Mesh, axes: Any) -> Any:
-        """A `NamedSharding` for every leaf of a tree of axis-name tuples."""
-        return jax.tree.map(lambda a: NamedSharding(mesh, self.spec(*a)), axes, is_leaf=lambda a: isinstance(a, tuple))
+    def shardings(self, mesh: Mesh, axes: Any, shapes: Any = None) -> Any:
+        """A `NamedSharding` for every leaf of a tree of axis-name tuples.
+
+        Args:
+          mesh: where the arrays will lie.
+          axes: a tree whose leaves are tuples of names and None; other tuples are part of the tree.
+          shapes: the same tree of arrays or `ShapeDtypeStruct`s. With it, dimensions that the mesh does not divide are
+            replicated, one INFO line each; without it, placing such an array is JAX's error.
+        """
+        if shapes is None:
+            return jax.tree.map(lambda a: NamedSharding(mesh, self.spec(*a)), axes, is_leaf=_is_axes)
+
+        def one(path: Any, names: tuple[str | None, ...], array: Any) -> NamedSharding:
+            where = jax.tree_util.keystr(path, simple=True, separator=".")
+            if len(names) != len(array.shape):
+                raise ValueError(
+                    f"Rules.shardings: {where} has axes {names} and shape {tuple(array.shape)}; expected a name for "
+                    "each dimension. Are the layers stacked in one tree and not in the other?"
+                )
+            return NamedSharding(mesh, divisible(self.spec(*names), array.shape, mesh.shape, where))
+
+        return jax.tree_util.tree_map_with_path(one, axes, shapes, is_leaf=_is_axes)
 
 
 REPLICATED = Rules()
 FSDP_TP = Rules(batch=("data", "fsdp"), embed="fsdp", heads="tensor", kv_heads="tensor", ffn="tensor", vocab="tensor")
+FSDP_TP_SEQ = dataclasses.replace(FSDP_TP, seq="sequence")  # long contexts: the tokens of a row are shared out too
+
+
+def divisible(
+    spec: PartitionSpec, shape: tuple[int, ...], sizes: Mapping[str, int], where: str, level: int = logging.INFO
+) -> PartitionSpec:
+    """Replicate each dimension whose size is no multiple of its mesh axes' product, and say so in the log.
+
+    Raises ValueError for a mesh axis that is not among `sizes` (mesh axis -> devices along it).
+    """
+    parts: list[Axis] = list(spec)
+    for i, part in enumerate(parts):
+        if missing := [name for name in _names(part) if name not in sizes]:
+            raise ValueError(
+                f"Rules: {where} lies on mesh axis {missing[0]}; the mesh has {', '.join(sizes)}. Build it with "
+                "make_mesh, or choose rules without that axis."
+            )
+        ways = math.prod(sizes[name] for name in _names(part))
+        if i < len(shape) and shape[i] % ways:
+            parts[i] = None
+            along = ", ".join(_names(part))
+            log.log(level, "%s: dimension %d of size %d is replicated; %s = %d", where, i, shape[i], along, ways)
+    return PartitionSpec(*parts)
+
+
+def shardings_like(state: Any, params: Any, shardings: Any) -> Any:
+    """Shard an optimiser's state like the parameters that it follows.
+
+    A leaf whose path ends with that of a parameter (the longest, if several do) and whose shape is that parameter's
+    takes that parameter's sharding; anything else is replicated: counts, factored moments, schedules.
+
+    Args:
+      state: `jax.eval_shape(tx.init, params)`, or any tree that holds trees like `params`.
+      params: the parameters or their shapes.
+      shardings: their shardings, at least one and all on one mesh.
+    """
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    places = jax.tree.leaves(shardings)
+    of = {path: (leaf.shape, place) for (path, leaf), place in zip(flat, places, strict=True)}
+    replicated = NamedSharding(places[0].mesh, PartitionSpec())
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        ends = (path[i:] for i in range(len(path) + 1))  # the longest first
+        shape, place = next((of[end] for end in ends if end in of), (None, replicated))
+        return place if leaf.shape == shape else replicated
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+# ----------------------------------------------------------------------------------------------------------- private
+def _names(part: Axis) -> tuple[str, ...]:
+    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node)

@@ -1,6 +1,13 @@
 """From data to weights. Never imports `infer`: where training needs samples, the caller passes a function.
 
-step.py  the training state, and one jitted step: loss, gradients, update
-loop.py  batches in, a trained state out
-data/    where batches come from
+run.py         a run from its settings to its model, and back to it after a stop; begin reading here
+config.py      settings as YAML, checked
+state.py       what changes from step to step
+step.py        one jitted step for every objective: loss, gradients, update
+optimizer.py   optimisers, schedules, the running mean of parameters
+loop.py        windows in, a trained state out
+checkpoint.py  state and position in the data, on disk and back
+metrics.py     one JSON line a step, and the curve
+data/          where batches come from
+objectives/    what is minimised
 """

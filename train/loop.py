@@ -1,46 +1,93 @@
-"""The training loop: batches in, a trained state out, a bar while it lasts."""
+"""The training loop: windows in, a trained state out; log and save are functions that the caller passes."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
-from .step import Metrics, TrainState
+from .metrics import Record
+from .state import TrainState
+from .step import Metrics, Step
+
+
+class NotFiniteError(ArithmeticError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
 
 
 def fit(
     state: TrainState,
-    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
-    batches: Iterable[Any],
+    step: Step,
+    windows: Iterator[Any],
     *,
     steps: int,
-    seconds: float = float("inf"),
+    log: Callable[[list[Record]], None] = lambda records: None,
+    save: Callable[[TrainState], None] = lambda state: None,
+    stop: Callable[[int], bool] = lambda step: False,
     log_every: int = 10,
+    save_every: int | None = None,
+    max_skipped: int = 10,
     progress: bool = False,
-) -> tuple[TrainState, list[dict[str, float]]]:
-    """Take up to `steps` steps, or as many as fit into `seconds` (compilation counts).
+) -> TrainState:
+    """Go on from the state's step until `steps` steps are taken, or until `stop`.
 
-    Returns:
-      The state, and one record of metrics for every `log_every` steps and the last one. Metrics leave the device only
-      then.
+    Metrics stay on the devices until `log_every` steps are through, or a save is due: the host never waits for a step
+    in between. A save comes after the log, so what was saved is also written down.
+
+    Args:
+      state: where to begin; its buffers are donated.
+      step: of `make_train_step`.
+      windows: arrays for one step each.
+      steps: number of the last step.
+      log: gets one record a step: its number, metrics, and seconds (a mean over the steps since the last call).
+      save: called every `save_every` steps, after the last one, and when told to stop.
+      stop: asked after every step, with its number.
+      log_every: steps between logs.
+      save_every: steps between saves; None saves at the end alone.
+      max_skipped: this many skipped steps in a row end the run, without a save.
+      progress: show a bar.
+
+    Raises:
+      NotFiniteError: after `max_skipped` skipped steps in a row.
     """
-    records: list[dict[str, float]] = []
-    end = time.perf_counter() + seconds
-    i, metrics = 0, {}
+    done, since = int(state.step), time.perf_counter()
+    pending: list[Metrics] = []
+    with tqdm(total=steps, initial=done, desc="train", unit="step", disable=None if progress else True) as bar:
 
-    def record() -> None:
-        if i and (not records or records[-1]["step"] != i):
-            records.append({"step": i} | {name: float(value) for name, value in metrics.items()})
-            bar.set_postfix(loss=f"{records[-1]['loss']:.3f}")
+        def flush() -> None:
+            nonlocal since
+            found = jax.device_get(pending)
+            now = time.perf_counter()
+            seconds, since = (now - since) / max(1, len(found)), now
+            first = done - len(found) + 1
+            records: list[Record] = [
+                {"step": first + i, **{name: value.item() for name, value in m.items()}, "seconds": seconds}
+                for i, m in enumerate(found)
+            ]
+            pending.clear()
+            log(records)
+            if records:
+                rate = sum(r.get("inputs", 0) for r in records) / (seconds * len(records))
+                bar.set_postfix({"loss": f"{records[-1]['loss']:.4f}"} | ({"tokens/s": f"{rate:.0f}"} if rate else {}))
+            if records and (row := records[-1]["skipped_in_a_row"]) >= max_skipped:
+                raise NotFiniteError(
+                    f"fit: loss or gradient of the last {row} steps, up to step {done}, was not finite; expected less "
+                    f"than {max_skipped} such steps in a row. Parameters are those before them; try a lower learning "
+                    "rate, or look at the data of these steps."
+                )
 
-    with tqdm(total=steps, desc="train", unit="step", disable=None if progress else True) as bar:
-        for i, batch in zip(range(1, steps + 1), batches, strict=False):
-            state, metrics = step(state, batch)
+        while done < steps:
+            state, metrics = step(state, next(windows))
+            done += 1
+            pending.append(metrics)
             bar.update()
-            if i % log_every == 0:
-                record()
-            if time.perf_counter() > end:
+            stopping = stop(done)
+            saving = done == steps or stopping or (save_every is not None and done % save_every == 0)
+            if saving or len(pending) >= log_every:
+                flush()
+            if saving:
+                save(state)
+            if stopping:
                 break
-        record()
-    return state, records
+    return state

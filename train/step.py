@@ -1,49 +1,123 @@
-"""The training state and the one jitted step: loss, gradients, update."""
+"""One step for every objective: loss, gradient, update, inside one jitted function that knows no objective.
 
-from collections.abc import Callable
+A loss function returns terms: elements, their weights, and the unit they are counted in. A term adds
+
+    sum_i weight_i value_i / (how many of its unit the whole window holds)
+
+to the loss. A window is all micro-batches of a step on all devices, and its counts are known from masks before the
+first micro-batch. So terms add up, and neither micro-batching nor padding, packing or sharding changes the result.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from ..models.decoder import DecoderConfig, Params, forward, lm_head
+from ..models.decoder import Params
+from .optimizer import update_ema
+from .state import TrainState
 
+Window = Any  # batches of one step: every leaf has a leading axis of micro-batches
+
+
+class Term(NamedTuple):
+    """A weighted sum, to be divided by the window's count of `unit`; metrics are terms too, without gradient."""
+
+    value: Float[Array, "..."]  # one an element
+    weight: Float[Array, "..."]  # likewise; 0 leaves an element out, whatever its value
+    unit: str  # a key of what the counting function returns: "token", "sequence", ...
+
+
+Terms = Mapping[str, Term]
 Metrics = dict[str, Float[Array, ""]]
-
-
-class TrainState(NamedTuple):
-    """Everything that changes from step to step; donated to the step that replaces it."""
-
-    step: Int[Array, ""]
-    params: Params
-    opt_state: optax.OptState
-
-
-def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
-    """A state at step 0; the parameters must have stacked layers."""
-    return TrainState(jnp.int32(0), params, tx.init(params))
-
-
-def next_token_loss(cfg: DecoderConfig, params: Params, tokens: Int[Array, "B T1"]) -> Float[Array, ""]:
-    """Mean negative log-likelihood, in nats, of every token but the first given those before it."""
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    positions = jnp.broadcast_to(jnp.arange(inputs.shape[1])[None], inputs.shape)
-    logits = lm_head(cfg, params, forward(cfg, params, inputs, positions).hidden)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+LossFn = Callable[[Params, Any, Array], tuple[Terms, Terms]]  # model parameters, batch, key -> terms of loss, metrics
+Counts = Callable[[Window], Mapping[str, Array]]
+Step = Callable[[TrainState, Window], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
-    cfg: DecoderConfig, tx: optax.GradientTransformation
-) -> Callable[[TrainState, Int[Array, "B T1"]], tuple[TrainState, Metrics]]:
-    """Build `step(state, tokens) -> (state, metrics)`; the buffers of the old state are donated."""
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    counts: Counts,
+    *,
+    combine: Callable[[Params, Params], Params] = lambda params, frozen: params,
+    ema_decay: float = 0.0,
+    schedule: optax.Schedule | None = None,
+    shardings: Any = None,
+) -> Step:
+    """Build `step(state, window) -> (state, metrics)`; the buffers of the old state are donated.
 
-    def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
-        loss, grads = jax.value_and_grad(lambda p: next_token_loss(cfg, p, tokens))(state.params)
+    A step whose loss or gradient is not finite changes nothing but the counters. The metrics are the loss, its terms,
+    what `loss_fn` measures (all of them means over the window), the norm of the gradient before clipping, the counts
+    (`tokens`, ...), and how many steps in a row were skipped.
+
+    Args:
+      loss_fn: the objective.
+      tx: clips, scales and applies.
+      counts: of every unit in a window.
+      combine: the model's parameters from the trained and the frozen ones.
+      ema_decay: of the running mean, if the state keeps one.
+      schedule: that of `tx`, to report the learning rate of each step.
+      shardings: of the state, for `jax.jit`; its leaves stay where they are if None.
+    """
+
+    def step(state: TrainState, window: Window) -> tuple[TrainState, Metrics]:
+        number = counts(window)
+        share = {unit: 1.0 / jnp.maximum(n, 1).astype(jnp.float32) for unit, n in number.items()}
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+        def loss_of(params: Params, batch: Any, key: Array) -> tuple[Array, Metrics]:
+            terms, measured = loss_fn(combine(params, state.frozen), batch, key)
+            parts = {name: _total(term, share) for name, term in terms.items()}
+            loss = sum(parts.values(), start=jnp.float32(0))
+            metrics = {name: _total(term, share) for name, term in measured.items()}
+            return loss, jax.lax.stop_gradient({**parts, **metrics, "loss": loss})
+
+        (_, metrics), grads = _over_window(jax.value_and_grad(loss_of, has_aux=True), state.params, window, key)
+        norm = optax.tree.norm(grads)
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        ema = update_ema(state.ema, params, ema_decay) if state.ema else state.ema
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        bad = 1 - good.astype(jnp.int32)
+        new = state._replace(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            ema=keep(ema, state.ema),
+            skipped=state.skipped + bad,
+            skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+        )
+        metrics |= {f"{unit}s": n for unit, n in number.items()}
+        if schedule is not None:
+            metrics["learning_rate"] = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)
+        return new, metrics | {"grad_norm": norm, "skipped_in_a_row": new.skipped_in_a_row}
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+
+
+# ----------------------------------------------------------------------------------------------------------- private
+def _total(term: Term, share: Mapping[str, Array]) -> Array:
+    """What an element of weight 0 holds must not matter, not even if it is infinite."""
+    value = jnp.where(term.weight != 0, term.value.astype(jnp.float32), 0.0)
+    return jnp.sum(value * term.weight) * share[term.unit]
+
+
+def _over_window(grad_fn: Callable[..., Any], params: Params, window: Window, key: Array) -> Any:
+    """Sum of `((loss, metrics), gradient)` over the micro-batches, gradients in float32."""
+    number = jax.tree.leaves(window)[0].shape[0]
+    keys = jax.random.split(key, number)
+    if number == 1:
+        return grad_fn(params, jax.tree.map(lambda leaf: leaf[0], window), keys[0])
+
+    def body(total, part):
+        new = grad_fn(params, *part)
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, new), None
+
+    shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda leaf: leaf[0], window), keys[0])
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+    return jax.lax.scan(body, zeros, (window, keys))[0]

@@ -1,38 +1,94 @@
-"""The loop counts, records and stops; the step here only adds."""
+"""The loop counts, records, saves and stops; the step here only adds."""
 
 import itertools
-import time
+import signal
 
 import jax.numpy as jnp
+import optax
+import pytest
 
-from jaxaroo.train.loop import fit
-from jaxaroo.train.step import TrainState
-
-
-def adding(state, batch):
-    return state._replace(step=state.step + 1, params=state.params + batch), {"loss": jnp.float32(batch)}
+from jaxaroo.train.loop import NotFiniteError, fit
+from jaxaroo.train.state import init_state
 
 
-def start():
-    return TrainState(jnp.int32(0), jnp.float32(0), None)
+def adding(state, window):
+    row = (state.skipped_in_a_row + 1) * int(window == 0)  # 0 stands for a batch that cannot be learned
+    state = state._replace(step=state.step + 1, params=state.params + window, skipped_in_a_row=row)
+    return state, {"loss": jnp.float32(window), "inputs": jnp.int32(7), "skipped_in_a_row": row}
 
 
-def test_every_step_sees_the_next_batch_and_the_last_is_recorded():
-    state, records = fit(start(), adding, itertools.count(1.0), steps=25, log_every=10)
+def start(step=0):
+    return init_state(jnp.float32(0), optax.sgd(0.1))._replace(step=jnp.int32(step))
+
+
+def run(windows, state=None, **settings):
+    log, saved = [], []
+    settings = {"steps": 25, "log": lambda r: log.append(r), "save": lambda s: saved.append(int(s.step)), **settings}
+    state = fit(start() if state is None else state, adding, iter(windows), **settings)
+    return state, log, saved
+
+
+def test_every_step_sees_the_next_window_and_is_recorded():
+    state, log, saved = run(itertools.count(1.0))
     assert (int(state.step), float(state.params)) == (25, 325)
-    assert records == [{"step": 10, "loss": 10.0}, {"step": 20, "loss": 20.0}, {"step": 25, "loss": 25.0}]
+    assert [len(records) for records in log] == [10, 10, 5]
+    assert [(r["step"], r["loss"]) for records in log for r in records] == [(i, float(i)) for i in range(1, 26)]
+    assert all(r["seconds"] > 0 and r["inputs"] == 7 for records in log for r in records)
+    assert saved == [25]
 
 
-def test_it_stops_when_the_batches_or_the_time_run_out():
-    state, records = fit(start(), adding, [1.0] * 3, steps=25)
-    assert int(state.step) == 3
-    assert [r["step"] for r in records] == [3]
-    assert fit(start(), adding, [], steps=25)[1] == []
+def test_it_goes_on_from_the_step_of_the_state():
+    state, log, saved = run(itertools.count(1.0), start(18), save_every=10)
+    assert float(state.params) == sum(range(1, 8))
+    assert [r["step"] for records in log for r in records] == list(range(19, 26))
+    assert saved == [20, 25]
+    assert run(itertools.count(1.0), start(25))[1:] == ([], [])
 
-    def slow(state, batch):
-        time.sleep(0.05)
-        return adding(state, batch)
 
-    state, records = fit(start(), slow, itertools.count(1.0), steps=1000, seconds=0.2, log_every=100)
-    assert 0 < int(state.step) < 1000
-    assert records[-1]["step"] == int(state.step)
+def test_what_is_saved_is_logged_first():
+    order = []
+    fit(
+        start(),
+        adding,
+        itertools.count(1.0),
+        steps=9,
+        save_every=4,
+        log=lambda records: order.append([r["step"] for r in records]),
+        save=lambda state: order.append(int(state.step)),
+    )
+    assert order == [[1, 2, 3, 4], 4, [5, 6, 7, 8], 8, [9], 9]
+
+
+def test_when_told_to_stop_it_logs_saves_and_leaves():
+    asked = []
+    state, log, saved = run(itertools.count(1.0), stop=lambda step: asked.append(step) or step == 13)
+    assert int(state.step) == 13
+    assert saved == [13]
+    assert sum(map(len, log)) == 13
+    assert asked == list(range(1, 14))
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_without_a_save():
+    windows = [1.0, 0.0, 0.0, 1.0, *[0.0] * 9]
+    with pytest.raises(NotFiniteError, match=r"last 6 steps, up to step 10, was not finite; expected less than 5"):
+        run(windows, max_skipped=5)
+    saved = []
+    with pytest.raises(NotFiniteError):
+        run(windows, max_skipped=5, save_every=5, save=lambda s: saved.append(int(s.step)))
+    assert saved == [5]
+    assert int(run(windows[:12], steps=12, max_skipped=9)[0].step) == 12
+
+
+def test_ctrl_c_between_steps_passes_through():
+    def interrupting():
+        yield from [1.0] * 3
+        signal.raise_signal(signal.SIGINT)
+        yield 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupting())
+
+
+def test_no_bar_in_a_log_file(capsys):
+    fit(start(), adding, itertools.count(1.0), steps=3, progress=True)
+    assert "train" not in capsys.readouterr().err

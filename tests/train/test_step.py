@@ -1,4 +1,6 @@
-"""Oracle: float64 NumPy for the loss and AdamW; gradients by finite differences."""
+"""Oracles: the loss by loops in float64, the update by finite differences; then what must not change a result."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,53 +8,230 @@ import numpy as np
 import optax
 import pytest
 
-from jaxaroo.models.decoder import DecoderConfig, Model, init_params, logits
-from jaxaroo.train.step import init_state, make_train_step, next_token_loss
+from jaxaroo.models.decoder import DecoderConfig, Model, init_params, logits, param_axes
+from jaxaroo.sharding.mesh import MeshConfig, make_mesh, put_batch
+from jaxaroo.sharding.rules import FSDP_TP, shardings_like
+from jaxaroo.train.data.pipeline import Batch, count_units
+from jaxaroo.train.objectives import sft
+from jaxaroo.train.state import TrainState, init_state
+from jaxaroo.train.step import Term, make_train_step
 
 CFG = DecoderConfig(
-    vocab_size=11, embed_dim=8, ffn_dim=12, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, tie_embeddings=True
+    vocab_size=16, embed_dim=16, ffn_dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, tie_embeddings=True
 )
-TOKENS = jax.random.randint(jax.random.key(1), (3, 9), 0, 11)
+LENGTHS = [11, 5, 9, 3, 12, 2, 7, 8, 4, 6, 12, 10, 3, 9, 5, 8]
 
 
 def params():
     return init_params(CFG, jax.random.key(0))
 
 
-def test_the_loss_is_the_mean_negative_log_likelihood():
-    z = np.asarray(logits(Model(CFG, params()), TOKENS[:, :-1]), np.float64)
-    logp = z - np.log(np.exp(z).sum(-1, keepdims=True))
-    want = -np.mean([logp[b, t, TOKENS[b, t + 1]] for b in range(3) for t in range(8)])
-    assert float(next_token_loss(CFG, params(), TOKENS)) == pytest.approx(want, rel=1e-5)
+def examples():
+    rng = np.random.default_rng(0)
+    return [(rng.integers(0, 16, n + 1), n // 3, 0.5 if n == 9 else 1.0) for n in LENGTHS]  # ids, first scored, weight
+
+
+def rows(groups, length=24, micro=1):
+    """Each group of examples becomes a row."""
+    out = {name: np.zeros((len(groups), length), np.int32) for name in Batch._fields}
+    out["weights"] = out["weights"].astype(np.float32)
+    out["mask"] = out["mask"].astype(bool)
+    for row, group in enumerate(groups):
+        at = 0
+        for number, (ids, first, weight) in enumerate(group, 1):
+            n = len(ids) - 1
+            place = slice(at, at + n)
+            out["tokens"][row, place], out["targets"][row, place] = ids[:-1], ids[1:]
+            out["positions"][row, place], out["segments"][row, place] = np.arange(n), number
+            out["mask"][row, place] = np.arange(n) >= first
+            out["weights"][row, place] = (np.arange(n) >= first) * weight
+            at += n
+    return Batch(**{name: jnp.asarray(x.reshape(micro, -1, length)) for name, x in out.items()})
+
+
+ONE_A_ROW = [[e] for e in examples()]
+PACKED = [examples()[i : i + 2] for i in range(0, 16, 2)]
+
+
+def oracle():
+    """-sum w log p / tokens, one example at a time, in float64."""
+    total = tokens = 0.0
+    for ids, first, weight in examples():
+        z = np.asarray(logits(Model(CFG, params()), jnp.asarray(ids[None, :-1])), np.float64)[0]
+        logp = z - np.log(np.exp(z).sum(-1, keepdims=True))
+        scored = [logp[t, ids[t + 1]] for t in range(first, len(ids) - 1)]
+        total, tokens = total - weight * sum(scored), tokens + len(scored)
+    return total / tokens
+
+
+@functools.cache
+def gradient_step():
+    """SGD with rate 1, so that the update is the gradient."""
+    return make_train_step(sft.make_loss(CFG), optax.sgd(1.0), count_units)
+
+
+def loss_and_gradient(batch, step=None, place=lambda tree: tree):
+    state = init_state(place(params()), optax.sgd(1.0))
+    new, metrics = (step or gradient_step())(state, batch)
+    return float(metrics["loss"]), jax.tree.map(lambda a, b: np.asarray(a - b), params(), jax.device_get(new.params))
+
+
+def assert_same(a, b, tolerance=1e-6):
+    assert a[0] == pytest.approx(b[0], rel=tolerance)
+    for x, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance)
 
 
 @pytest.mark.optimizer
-def test_a_step_moves_against_the_gradient_by_the_learning_rate():
-    """SGD, so that the update is the gradient; the directional derivative is checked by a finite difference."""
-    tx, p = optax.sgd(0.1), params()
-    before = float(next_token_loss(CFG, p, TOKENS))
-    state, metrics = make_train_step(CFG, tx)(init_state(p, tx), TOKENS)
-    p = params()  # the first were donated
-    gradient = jax.tree.map(lambda new, old: (old - new) / 0.1, state.params, p)
-    assert float(metrics["loss"]) == pytest.approx(before, rel=1e-6)
+def test_the_loss_is_that_of_a_loop():
+    assert loss_and_gradient(rows(ONE_A_ROW))[0] == pytest.approx(oracle(), rel=1e-5)
+
+
+@pytest.mark.optimizer
+def test_the_update_goes_against_the_gradient():
+    """A directional derivative, by a finite difference of the oracle's own loss."""
+    loss, gradient = loss_and_gradient(rows(ONE_A_ROW))
     norm = float(optax.tree.norm(gradient))
-    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-3)
     eps = 1e-3 / norm
+    at = lambda d: loss_and_gradient_at(jax.tree.map(lambda p, g: p + d * g, params(), gradient))
+    assert (at(eps) - at(-eps)) / (2 * eps) == pytest.approx(norm**2, rel=1e-2)
+    assert loss > 0
 
-    def loss_at(distance):
-        return float(next_token_loss(CFG, jax.tree.map(lambda w, g: w + distance * g, p, gradient), TOKENS))
 
-    slope = (loss_at(eps) - loss_at(-eps)) / (2 * eps)
-    assert slope == pytest.approx(norm**2, rel=1e-2)
-    assert int(state.step) == 1
+def loss_and_gradient_at(p):
+    return float(gradient_step()(init_state(p, optax.sgd(1.0)), rows(ONE_A_ROW))[1]["loss"])
 
 
 @pytest.mark.optimizer
-def test_it_learns_a_sequence_by_heart():
+@pytest.mark.parametrize("micro", [2, 4, 8])
+def test_micro_batches_change_nothing(micro):
+    assert_same(loss_and_gradient(rows(ONE_A_ROW, micro=micro)), loss_and_gradient(rows(ONE_A_ROW)))
+    assert_same(loss_and_gradient(rows(PACKED, micro=micro)), loss_and_gradient(rows(ONE_A_ROW)))
+
+
+@pytest.mark.optimizer
+def test_padding_and_packing_change_nothing():
+    want = loss_and_gradient(rows(ONE_A_ROW))
+    assert_same(loss_and_gradient(rows(ONE_A_ROW, length=31)), want)
+    assert_same(loss_and_gradient(rows(PACKED)), want)
+    assert_same(loss_and_gradient(rows([[e] for e in examples()[::-1]])), want)
+
+
+@pytest.mark.optimizer
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)])
+def test_eight_devices_change_nothing(micro, sizes):
+    mesh = make_mesh(MeshConfig(**sizes))
+    placed = FSDP_TP.shardings(mesh, param_axes(CFG), params())
+    one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    tx = optax.sgd(1.0)
+    shardings = TrainState(one, placed, {}, shardings_like(tx.init(params()), params(), placed), {}, one, one, one)
+    with jax.set_mesh(mesh):
+        step = make_train_step(sft.make_loss(CFG, rules=FSDP_TP), tx, count_units, shardings=shardings)
+        batch = put_batch(mesh, FSDP_TP, jax.device_get(rows(ONE_A_ROW, micro=micro)))
+        got = loss_and_gradient(batch, step, place=lambda tree: jax.device_put(tree, placed))
+    assert_same(got, loss_and_gradient(rows(ONE_A_ROW)))
+
+
+@pytest.mark.optimizer
+def test_terms_are_divided_by_the_count_of_their_unit_over_the_window():
+    """Two terms of different units, without a model: values are known."""
+
+    def loss_fn(p, batch, key):
+        each = Term(p["w"] * batch["x"] + batch["junk"], batch["on"], "token")
+        mean = Term(p["w"] * batch["y"], jnp.ones(batch["y"].shape), "sequence")
+        return {"a": each, "b": mean}, {"seen": Term(batch["x"], batch["on"], "token")}
+
+    window = {
+        "x": jnp.asarray([[1.0, 2.0], [3.0, 4.0]]),
+        "junk": jnp.asarray([[0.0, 0.0], [0.0, jnp.inf]]),  # what has no weight may be anything
+        "on": jnp.asarray([[1.0, 1.0], [2.0, 0.0]]),
+        "y": jnp.asarray([[4.0], [6.0]]),
+    }
+    counts = lambda w: {"token": jnp.int32(3), "sequence": jnp.int32(2)}
+    state = init_state({"w": jnp.float32(2.0)}, optax.sgd(1.0))
+    state, metrics = make_train_step(loss_fn, optax.sgd(1.0), counts)(state, window)
+    assert float(metrics["a"]) == pytest.approx(2 * (1 + 2 + 6) / 3)
+    assert float(metrics["b"]) == pytest.approx(2 * (4 + 6) / 2)
+    assert float(metrics["loss"]) == pytest.approx(16.0)
+    assert float(metrics["seen"]) == pytest.approx(3.0)
+    assert float(state.params["w"]) == pytest.approx(2 - 8.0)
+    assert (int(metrics["tokens"]), int(metrics["sequences"])) == (3, 2)
+
+
+@pytest.mark.optimizer
+def test_each_step_and_micro_batch_has_a_key_of_its_own():
+    def loss_fn(p, batch, key):
+        draw = jax.random.uniform(key)
+        return {"a": Term(p * draw * batch, jnp.ones_like(batch), "token")}, {}
+
+    step = make_train_step(loss_fn, optax.sgd(1.0), lambda w: {"token": jnp.int32(1)})
+    drawn = []
+    for window in ([1.0, 0.0], [0.0, 1.0]):  # which micro-batch counts
+        state = init_state(jnp.float32(1.0), optax.sgd(0.0), seed=3)
+        for _ in range(2):
+            state, metrics = step(state._replace(params=jnp.float32(1.0)), jnp.asarray(window))
+            drawn.append(float(metrics["loss"]))
+    assert len(set(drawn)) == 4
+    other, _ = step(init_state(jnp.float32(1.0), optax.sgd(0.0), seed=4), jnp.asarray([1.0, 0.0]))
+    assert float(1.0 - other.params) not in drawn
+
+
+@pytest.mark.optimizer
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(bad):
+    tx = optax.chain(optax.adam(0.1))
+
+    def loss_fn(p, batch, key):
+        return {"a": Term((p["w"] * batch) ** 2, jnp.ones_like(batch), "token")}, {}
+
+    step = make_train_step(loss_fn, tx, lambda w: {"token": jnp.int32(1)}, ema_decay=0.5, schedule=lambda t: t * 1.0)
+    state = init_state({"w": jnp.float32(2.0)}, tx, ema=True)
+    trace = []
+    for x in (1.0, bad, bad, 1.0, bad):
+        before = jax.device_get((state.params, state.opt_state, state.ema))
+        state, metrics = step(state, jnp.asarray([x]))
+        after = jax.device_get((state.params, state.opt_state, state.ema))
+        same = all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
+        trace.append((same, int(metrics["skipped_in_a_row"]), float(metrics["learning_rate"])))
+    assert trace == [(False, 0, 0.0), (True, 1, 1.0), (True, 2, 1.0), (False, 0, 1.0), (True, 1, 2.0)]
+    assert (int(state.step), int(state.skipped)) == (5, 3)
+    assert step._cache_size() == 1
+
+
+@pytest.mark.optimizer
+def test_a_gradient_that_is_not_finite_counts_as_well():
+    def loss_fn(p, batch, key):
+        return {"a": Term(jnp.sqrt(p * batch), jnp.ones_like(batch), "token")}, {}  # 0, with an infinite slope
+
+    step = make_train_step(loss_fn, optax.sgd(1.0), lambda w: {"token": jnp.int32(1)})
+    state, metrics = step(init_state(jnp.float32(1.0), optax.sgd(1.0)), jnp.asarray([0.0]))
+    assert float(metrics["loss"]) == 0
+    assert int(state.skipped) == 1
+
+
+@pytest.mark.optimizer
+def test_frozen_parameters_stay_and_the_mean_follows():
+    combine = lambda trained, frozen: {"w": trained["w"] + frozen["w"]}
+
+    def loss_fn(p, batch, key):
+        return {"a": Term(p["w"] * batch, jnp.ones_like(batch), "token")}, {}
+
+    step = make_train_step(loss_fn, optax.sgd(1.0), lambda w: {"token": jnp.int32(1)}, combine=combine, ema_decay=0.75)
+    state = init_state({"w": jnp.float32(1.0)}, optax.sgd(1.0), frozen={"w": jnp.float32(5.0)}, ema=True)
+    state, metrics = step(state, jnp.asarray([2.0]))
+    assert float(metrics["loss"]) == 12.0
+    assert float(state.frozen["w"]) == 5.0
+    assert float(state.params["w"]) == -1.0
+    assert float(state.ema["w"]) == pytest.approx(0.75 * 1 + 0.25 * -1)
+
+
+@pytest.mark.optimizer
+def test_it_learns_by_heart():
     tx = optax.adamw(2e-2)
-    step, state = make_train_step(CFG, tx), init_state(params(), tx)
-    line = jnp.array([[1, 4, 2, 8, 5, 7, 3, 9, 6]])
-    for _ in range(150):
-        state, metrics = step(state, line)
+    step, state = make_train_step(sft.make_loss(CFG), tx, count_units), init_state(params(), tx)
+    batch = rows([examples()[:1], examples()[2:3]])
+    for _ in range(120):
+        state, metrics = step(state, batch)
     assert float(metrics["loss"]) < 0.05
-    assert step._cache_size() == 1  # one compilation
+    assert step._cache_size() == 1

@@ -1,5 +1,8 @@
-"""Where batches come from: bytes -> examples -> batches.
+"""Where batches come from: bytes -> examples -> tokens -> batches.
 
-text.py        plain text as token windows, with the small corpus that ships with the package
+formats.py     rows on disk, of every layout, checked
+tokenise.py    an example as tokens, and which of them are learned
+pipeline.py    shuffled, packed or padded batches, and a position to return to
 arithmetic.py  the embedded task: word problems, their solutions, a checker of every step, injected slips
+text.py        plain text as token windows, with the small corpus that ships with the package
 """

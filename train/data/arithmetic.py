@@ -55,6 +55,24 @@ class ArithmeticConfig:
         return {1: (2, 2), 2: (2, 3), 3: (3, 4), 4: (4, 5)}[self.level]
 
 
+@dataclasses.dataclass(frozen=True)
+class ArithmeticExamples:
+    """Random access to problems as rows of layout `sft`, made when asked for."""
+
+    cfg: ArithmeticConfig
+    split: Split = "train"
+    number: int = 1_000_000
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        """`prompt` ends with a newline, `completion` is the solution, `answer` the number alone."""
+        problem = make_problem(self.cfg, self.split, index)
+        lines = "\n".join(problem.lines)
+        return {"prompt": f"{problem.question}\n", "completion": lines, "answer": str(problem.answer)}
+
+
 class Equation(NamedTuple):
     """One line of a plan. None on the left is the amount so far, None on the right the product just made."""
 

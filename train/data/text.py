@@ -5,8 +5,11 @@
 
 from collections.abc import Iterator, Sequence
 from importlib import resources
+from typing import Any
 
 import numpy as np
+
+from .pipeline import Batch
 
 
 def read_verse() -> str:
@@ -14,10 +17,10 @@ def read_verse() -> str:
     return resources.files(__name__.rpartition(".")[0]).joinpath("paterson.txt").read_text(encoding="utf-8")
 
 
-def windows(ids: Sequence[int], batch: int, length: int, seed: int, bos_id: int) -> Iterator[np.ndarray]:
-    """Endless batches of random windows, int32 of shape [batch, length + 1]; the same seed gives the same batches.
+def windows(ids: Sequence[int], batch: int, length: int, seed: int, bos_id: int) -> Iterator[Batch]:
+    """Endless batches of random windows, [1, batch, length]; the same seed gives the same batches.
 
-    Each begins with `bos_id`, as prompts will, and goes on with `length` tokens from anywhere in the text.
+    Each begins with `bos_id`, as prompts will, and goes on with `length` targets from anywhere in the text.
 
     Raises:
       ValueError: if the text is shorter than one window.
@@ -28,5 +31,9 @@ def windows(ids: Sequence[int], batch: int, length: int, seed: int, bos_id: int)
     rng = np.random.default_rng(seed)
     while True:
         start = rng.integers(0, len(text) - length + 1, size=batch)
-        part = text[start[:, None] + np.arange(length)]
-        yield np.concatenate([np.full((batch, 1), bos_id, np.int32), part], axis=1)
+        targets = text[start[:, None] + np.arange(length)][None]
+        tokens = np.concatenate([np.full((1, batch, 1), bos_id, np.int32), targets[..., :-1]], axis=-1)
+        positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+        ones = np.ones_like(tokens)
+        fields: Any = (tokens, targets, positions, ones, ones.astype(bool), ones.astype(np.float32))
+        yield Batch(*fields)

@@ -19,13 +19,18 @@ def test_windows_are_runs_of_the_text_and_the_same_for_the_same_seed():
     starts = set()
     for _ in range(60):
         batch = next(first)
-        assert batch.shape == (4, 11)
-        np.testing.assert_array_equal(batch[:, 0], 3)
-        np.testing.assert_array_equal(np.diff(batch[:, 1:], axis=1), 7)
-        np.testing.assert_array_equal(batch, next(again))
-        starts |= {*batch[:, 1] // 7}
+        assert batch.tokens.shape == (1, 4, 10)
+        assert batch.mask.all()
+        assert (batch.weights == 1).all()
+        assert (batch.segments == 1).all()
+        np.testing.assert_array_equal(batch.tokens[..., 0], 3)
+        np.testing.assert_array_equal(batch.tokens[..., 1:], batch.targets[..., :-1])
+        np.testing.assert_array_equal(batch.positions, np.arange(10)[None, None].repeat(4, 1))
+        np.testing.assert_array_equal(np.diff(batch.targets, axis=-1), 7)
+        np.testing.assert_array_equal(batch.targets, next(again).targets)
+        starts |= {*batch.targets[0, :, 0] // 7}
     assert starts == set(range(41))  # every window can be drawn, the last one included
-    assert not np.array_equal(next(windows(ids, 4, 10, 1, 3)), next(other))
+    assert not np.array_equal(next(windows(ids, 4, 10, 1, 3)).targets, next(other).targets)
 
 
 @pytest.mark.errors

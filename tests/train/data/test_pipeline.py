@@ -1,0 +1,184 @@
+"""Nothing is lost, nothing leaks, and every position can be returned to; checked against plain lists of examples."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxaroo.train.data.pipeline import BUCKETS, Batch, BatchConfig, Batches, count_units
+from jaxaroo.train.data.tokenise import Encoded
+
+N = 57
+
+
+class Rows:
+    """Example i is 3 to 39 tokens of value i + 1, the last third of them scored."""
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, i):
+        return {"i": i, "weight": 0.5 if i == 3 else 1.0}
+
+
+def encode(example):
+    i = example["i"]
+    length = 3 + (i * 7) % 37
+    return Encoded(np.full(length, i + 1, np.int32), np.arange(length) >= length * 2 // 3, mismatch=i == 5)
+
+
+def batches(seed=0, encode=encode, mine=None, fixed_length=False, **settings):
+    cfg = BatchConfig(**{"size": 4, "max_length": 40, **settings})
+    return Batches(Rows(), encode, cfg, seed=seed, shards=mine, fixed_length=fixed_length)
+
+
+def found(batch):
+    """The examples in a batch, read off its segments: {example: positions it fills}."""
+    out = []
+    for row in zip(*(np.asarray(leaf).reshape(-1, leaf.shape[-1]) for leaf in batch), strict=True):
+        tokens, targets, positions, segments, mask, weights = row
+        for segment in range(1, segments.max() + 1):
+            at = np.flatnonzero(segments == segment)
+            i = int(tokens[at[0]]) - 1
+            want = encode({"i": i})
+            assert (np.diff(at) == 1).all()
+            np.testing.assert_array_equal(tokens[at], want.ids[:-1])
+            np.testing.assert_array_equal(targets[at], want.ids[1:])
+            np.testing.assert_array_equal(positions[at], np.arange(len(at)))
+            np.testing.assert_array_equal(mask[at], want.scored[1:])
+            np.testing.assert_array_equal(weights[at], want.scored[1:] * (0.5 if i == 3 else 1.0))
+            out.append(i)
+        empty = segments == 0
+        assert not mask[empty].any()
+        assert not weights[empty].any()
+    return out
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_every_epoch_holds_every_example_once_and_whole(packing, shards):
+    stream = batches(packing=packing, shards=shards)
+    seen = [i for _ in range(80) for i in found(next(stream))]
+    counts = np.bincount(seen, minlength=N)
+    assert counts.min() >= len(seen) // N - 1
+    assert counts.max() <= len(seen) // N + 2
+    assert len(seen) > 3 * N
+    assert stream.mismatched == {5}
+    assert seen[:N] != sorted(seen[:N])  # shuffled
+    assert seen[:20] != [i for _ in range(3) for i in found(next(batches(seed=1, packing=packing)))][:20]
+
+
+def test_without_shuffling_the_order_is_that_of_the_file():
+    stream = batches(shuffle=False)
+    assert sorted(i for _ in range(3) for i in found(next(stream)))[:8] == list(range(8))
+
+
+def test_packing_wastes_little_and_no_row_is_longer_than_asked():
+    parts = [next(stream) for stream in [batches()] for _ in range(20)]
+    assert {p.tokens.shape for p in parts} == {(1, 4, 40)}
+    assert np.mean([(p.segments > 0).mean() for p in parts]) > 0.75
+    assert max(p.segments.max() for p in parts) > 1
+
+
+def test_unpacked_rows_are_of_like_length_in_few_shapes():
+    stream, sorted_waste, waste = batches(packing=False, max_length=1000), [], []
+    for _ in range(24):
+        batch = next(stream)
+        assert batch.tokens.shape[-1] in BUCKETS
+        lengths = (batch.segments > 0).sum(-1).ravel()
+        sorted_waste.append(1 - lengths.mean() / lengths.max())
+    for i in range(24):
+        lengths = [len(encode({"i": (4 * i + j) % N}).ids) for j in range(4)]
+        waste.append(1 - np.mean(lengths) / max(lengths))
+    assert np.mean(sorted_waste) < np.mean(waste) / 3
+    assert next(batches(packing=False, fixed_length=True)).tokens.shape == (1, 4, 40)
+    assert next(batches(packing=False, max_length=1000)).tokens.shape[-1] == 64
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_position_can_be_written_down_and_returned_to(packing, shards):
+    stream, states, out = batches(packing=packing, shards=shards), [], []
+    states.append(json.dumps(stream.get_state()))  # before the first
+    for _ in range(45):
+        out.append(next(stream))
+        states.append(json.dumps(stream.get_state()))
+    for k in (0, 1, 7, 8, 9, 30):
+        again = batches(packing=packing, shards=shards)
+        next(again)  # wherever it stands
+        again.set_state(json.loads(states[k]))
+        for want in out[k : k + 11]:
+            jax.tree.map(np.testing.assert_array_equal, next(again), want)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_two_processes_hold_together_what_one_holds(packing):
+    settings = dict(packing=packing, shards=2, micro_batches=2, size=8)
+    one = batches(fixed_length=True, **settings)
+    parts = [batches(mine=range(p, p + 1), fixed_length=True, **settings) for p in range(2)]
+    for _ in range(5):
+        whole, halves = next(one), [next(p) for p in parts]
+        assert whole.tokens.shape == (2, 4, 40)
+        for want, *got in zip(whole, *halves, strict=True):
+            np.testing.assert_array_equal(np.concatenate(got, axis=1), want)
+    both = {name: state for p in parts for name, state in p.get_state().items()}
+    assert both == one.get_state()
+
+
+def test_micro_batches_cut_the_same_rows():
+    one, four = next(batches(size=8)), next(batches(size=8, micro_batches=4))
+    assert four.tokens.shape == (4, 2, 40)
+    for a, b in zip(one, four, strict=True):
+        np.testing.assert_array_equal(a.reshape(8, 40), b.reshape(8, 40))
+
+
+def test_examples_without_a_scored_token_are_dropped_and_counted():
+    def some(example):
+        encoded = encode(example)
+        return encoded._replace(scored=np.zeros_like(encoded.scored)) if example["i"] % 3 == 0 else encoded
+
+    stream = batches(encode=some, packing=False)
+    seen = {i for _ in range(60) for i in _firsts(next(stream))}
+    assert seen == {i for i in range(N) if i % 3}
+    assert stream.dropped == {i for i in range(N) if i % 3 == 0}
+    short = batches(max_length=3)  # the longest examples keep prompt tokens alone
+    assert {len(encode({"i": i}).ids) for _ in range(20) for i in _firsts(next(short))} == {3, 4}
+
+
+def _firsts(batch):
+    return {int(t) - 1 for t in batch.tokens[..., 0].ravel()}
+
+
+def test_if_nothing_is_left_the_search_ends():
+    none = lambda example: Encoded(np.zeros(4, np.int32), np.zeros(4, bool))
+    with pytest.raises(ValueError, match="none of 57 examples keeps a completion token"):
+        next(batches(encode=none))
+
+
+def test_counts_are_those_of_a_loop():
+    batch = next(batches(size=8, micro_batches=2))
+    got = {name: int(n) for name, n in count_units(Batch(*map(jnp.asarray, batch))).items()}
+    assert got["sequence"] == len(found(batch))
+    assert got["token"] == sum(int(encode({"i": i}).scored[1:].sum()) for i in found(batch))
+    assert got["input"] == sum(len(encode({"i": i}).ids) - 1 for i in found(batch))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 0}, "BatchConfig.size: found 0"),
+        ({"size": 6, "micro_batches": 4}, "multiple of micro_batches x shards = 4 x 1"),
+        ({"max_length": 1}, "at least 2 tokens"),
+        ({"shards": 0}, "shards: found 0"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        BatchConfig(**settings)
+
+
+def test_streams_of_another_run_are_refused():
+    with pytest.raises(ValueError, match=r"expected \[1\] too"):
+        batches(shards=2).set_state(batches().get_state())

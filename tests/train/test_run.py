@@ -1,0 +1,239 @@
+"""Runs as users have them: processes that are killed, stopped, moved to other devices, and gone on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jaxaroo.models.hf import load
+from jaxaroo.sharding.mesh import MeshConfig
+from jaxaroo.train import run
+from jaxaroo.train.checkpoint import CheckpointConfig
+from jaxaroo.train.data.pipeline import BatchConfig
+from jaxaroo.train.metrics import read_records
+from jaxaroo.train.optimizer import OptimizerConfig
+
+pytestmark = pytest.mark.optimizer
+STEPS = 24
+OPTIONS = (
+    "--model preset:tiny --data builtin:arithmetic --batch.size 8 --batch.max-length 96 --optimizer.learning-rate 2e-3 "
+    f"--steps {STEPS} --log-every 3 --checkpoint.every 5 --ema 0.9"
+).split()
+
+
+def settings(out, **changes):
+    given = dict(
+        model="preset:tiny",
+        data="builtin:arithmetic",
+        out=out,
+        steps=STEPS,
+        log_every=3,
+        ema=0.9,
+        batch=BatchConfig(size=8, max_length=96),
+        optimizer=OptimizerConfig(learning_rate=2e-3),
+        checkpoint=CheckpointConfig(every=5),
+    )
+    return run.RunConfig(**(given | changes))
+
+
+def begin(*args, devices=1, **env):
+    """A child process that trains, on so many devices."""
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **env}
+    command = [sys.executable, "-m", "jaxaroo.cli", "train", *map(str, args)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(child, status=0):
+    try:
+        output, _ = child.communicate(timeout=240)
+    finally:
+        child.kill()
+    assert child.returncode == status, output
+    return output
+
+
+def records(out):
+    """Metrics without what a clock says."""
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_records(out / "metrics.jsonl")]
+
+
+def last_state(out):
+    """The arrays of the last checkpoint, and the position in the data."""
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager((out / "checkpoints").absolute()) as manager:
+        found = manager.restore(
+            STEPS, args=ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
+        )
+    return [np.asarray(x) for x in jax.tree.leaves(found["state"])], found["meta"]
+
+
+def assert_same_run(out, other):
+    assert records(out) == records(other)
+    (state, meta), (other_state, other_meta) = last_state(out), last_state(other)
+    assert meta == other_meta
+    for a, b in zip(state, other_state, strict=True):
+        assert a.tobytes() == b.tobytes()
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (out / "model" / name).read_bytes() == (other / "model" / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    finish(begin("sft", *OPTIONS, "--out", out))
+    return out
+
+
+def test_a_run_leaves_a_model_its_settings_metrics_and_a_curve(undisturbed):
+    assert [r["step"] for r in records(undisturbed)] == list(range(1, STEPS + 1))
+    losses = [r["loss"] for r in records(undisturbed)]
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 1
+    model = load(undisturbed / "model")
+    state, _ = last_state(undisturbed)
+    assert any(np.array_equal(model.params["embed"], leaf) for leaf in state)
+    assert (undisturbed / "loss.png").stat().st_size > 1000
+    kind, cfg = run.read_run(undisturbed)
+    assert kind == "sft"
+    assert cfg == settings(undisturbed, dtype="float32")
+    assert sorted(int(p.name) for p in (undisturbed / "checkpoints").iterdir()) == [15, 20, 24]
+
+
+def wait_for(child, sight):
+    end = time.monotonic() + 120
+    while not sight():
+        assert time.monotonic() < end, "nothing to see"
+        assert child.poll() is None, child.communicate()[0]
+        time.sleep(0.0005)
+
+
+def steps_logged(out):
+    return len(read_records(out / "metrics.jsonl"))
+
+
+SIGHTS = {
+    "before the first checkpoint": lambda out: steps_logged(out) >= 3,
+    "during a save": lambda out: any("tmp" in p.name for p in (out / "checkpoints").glob("*")),
+    "between logs": lambda out: steps_logged(out) >= 16,
+}
+
+
+def test_killed_three_times_it_ends_as_if_it_had_not_been(undisturbed, tmp_path):
+    out = tmp_path / "killed"
+    command = ("sft", *OPTIONS, "--out", out)
+    for sight in SIGHTS.values():
+        child = begin(*command)
+        wait_for(child, lambda sight=sight: sight(out))
+        child.kill()
+        child.communicate()
+        command = ("resume", out)
+    assert steps_logged(out) < STEPS
+    finish(begin(*command))
+    assert_same_run(out, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_saves_and_says_how_to_go_on(undisturbed, tmp_path, number):
+    out = tmp_path / "stopped"
+    child = begin("sft", *OPTIONS, "--out", out)
+    wait_for(child, lambda: steps_logged(out) >= 6)
+    child.send_signal(number)
+    assert f"jaxaroo train resume {out}" in finish(child, 128 + number)
+    saved = max(int(p.name) for p in (out / "checkpoints").iterdir())
+    assert saved == steps_logged(out)
+    assert 6 <= saved < STEPS
+    finish(begin("resume", out))
+    assert_same_run(out, undisturbed)
+
+
+def test_on_other_devices_the_order_is_the_same_and_the_losses_agree(undisturbed, tmp_path):
+    """Begun on one device, gone on with on eight; beside it a whole run on eight."""
+    out = tmp_path / "moved"
+    child = begin("sft", *OPTIONS, "--out", out)
+    wait_for(child, lambda: steps_logged(out) >= 12)
+    child.send_signal(signal.SIGTERM)
+    finish(child, 143)
+    assert run.resume(out, mesh=MeshConfig(data=2, fsdp=2, tensor=2)).finished
+    assert run.start("sft", settings(tmp_path / "eight")).finished
+    want = records(undisturbed)
+    for other in (out, tmp_path / "eight"):
+        for a, b in zip(records(other), want, strict=True):
+            assert {k: a[k] for k in ("step", "tokens", "sequences", "inputs")} == {
+                k: b[k] for k in ("step", "tokens", "sequences", "inputs")
+            }
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert last_state(out)[1]["data"] == last_state(undisturbed)[1]["data"]
+
+
+def test_finished_runs_are_left_alone_and_resume_needs_a_run(undisturbed, tmp_path):
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    assert run.resume(undisturbed, mesh=MeshConfig()).finished
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(
+        FileExistsError, match=r"holds a run; expected a new or empty folder. Go on with `jaxaroo train"
+    ):
+        run.start("sft", settings(undisturbed))
+    with pytest.raises(FileNotFoundError, match="expected the --out folder of a run"):
+        run.resume(tmp_path)
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_adapters_to_a_model_on_disk_and_rows_of_a_file(undisturbed, tmp_path):
+    """LoRA on a checkpoint: the base stays as it is, and the export is merged."""
+    rows = [{"prompt": f"what is {i} ?", "completion": f"{i} = {i}"} for i in range(40)]
+    data = jsonl(tmp_path / "rows.jsonl", [*rows, {"prompt": "no completion"}])
+    cfg = settings(
+        tmp_path / "lora",
+        model=str(undisturbed / "model"),
+        data=data,
+        adapters="lora",
+        ema=0.0,
+        steps=6,
+        batch=BatchConfig(size=8, max_length=64, packing=False, micro_batches=2),
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+    )
+    with pytest.raises(ValueError, match=r"rows.jsonl:41"):
+        run.start("sft", cfg)
+    assert not cfg.out.exists()
+    cfg = run.dataclasses.replace(cfg, on_bad_row="skip")
+    assert run.start("sft", cfg).finished
+    base, tuned = load(undisturbed / "model").params, load(cfg.out / "model").params
+    np.testing.assert_array_equal(base["embed"], tuned["embed"])
+    difference = np.asarray(tuned["layers"][0]["attn"]["q"] - base["layers"][0]["attn"]["q"])
+    rank = np.linalg.matrix_rank(difference.reshape(-1, difference.shape[-1]), tol=1e-6)
+    assert 1 <= rank <= cfg.lora.rank
+    sizes = sum(f.stat().st_size for f in (cfg.out / "checkpoints" / "6").rglob("*") if f.is_file())
+    assert sizes < 3 * 4 * 3 * 20_000  # adapters and their two moments, not the model's
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(model="preset:tinny"), "tiny"),
+        (dict(data="builtin:algebra"), "expected builtin:arithmetic"),
+        (dict(batch=BatchConfig(size=8, max_length=4096)), "at most the model's"),
+        (dict(data="nowhere.jsonl"), "nowhere.jsonl"),
+        (dict(mesh=MeshConfig(data=3)), "8"),
+        (dict(batch=BatchConfig(size=4)), "4"),
+    ],
+)
+def test_what_cannot_be_run_leaves_nothing_behind(tmp_path, changes, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        run.start("sft", settings(tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("changes", "message"), [(dict(steps=0), "steps: found 0"), (dict(ema=1.0), "ema: found 1.0")])
+def test_settings_are_checked(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings(tmp_path, **changes)

@@ -1,0 +1,153 @@
+"""Checkpoints of a run: state, position in the data, and proof that what is read is what was written.
+
+A step's folder appears under its number only once it is complete (Orbax writes elsewhere and renames), and the writing
+goes on behind the next steps. Beside the arrays stands a fingerprint of their bits, taken on the devices before the
+save began; a checkpoint whose arrays do not have it, or that cannot be read, is set aside and the one before it used.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from .state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class DamagedCheckpointError(ValueError):
+    """Every checkpoint of a run is unreadable."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, and what to keep."""
+
+    every: int = 100  # steps between saves; the last step is saved too
+    keep: int = 3  # the newest ones
+    keep_every: int | None = None  # and for good each multiple of this
+
+    def __post_init__(self):
+        for name in ("every", "keep", "keep_every"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"CheckpointConfig.{name}: found {value}; expected at least 1.")
+
+
+class Restored(NamedTuple):
+    """What a run goes on from."""
+
+    state: TrainState
+    data: Mapping[str, Any]  # of `Batches.get_state`, for every stream
+    step: int
+
+
+def open_checkpoints(folder: Path, cfg: CheckpointConfig) -> ocp.CheckpointManager:
+    """The checkpoints under `folder`, which is made if need be; close it, or leave a `with`, to finish writing."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=cfg.keep,
+        keep_period=cfg.keep_every,
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+        create=True,
+    )
+    return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState, data: Mapping[str, Any]) -> None:
+    """Copy the state from the devices and begin to write it; does nothing if this step is already saved.
+
+    Args:
+      manager: of `open_checkpoints`.
+      state: as the step left it. Frozen parameters come from elsewhere: their fingerprint alone is saved.
+      data: position of every stream, of this process and the others.
+    """
+    step = int(state.step)
+    if step in manager.all_steps():
+        return
+    prints = {name: int(value) for name, value in jax.device_get(_fingerprint(state)).items()}
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(state._replace(frozen={})),
+        meta=ocp.args.JsonSave({"data": dict(data), "fingerprint": prints}),
+    )
+    manager.save(step, args=items, force=True)
+
+
+def restore(manager: ocp.CheckpointManager, like: TrainState) -> Restored | None:
+    """The newest checkpoint that is whole, laid out as `like`; None if there is none at all.
+
+    Args:
+      manager: of `open_checkpoints`.
+      like: a state of the shapes, types and shardings to restore to, which may be of another mesh than the one that
+        saved. Its frozen parameters are not read but taken over, and have to be those of the save.
+
+    Raises:
+      DamagedCheckpointError: if there are checkpoints and none can be used; says what is wrong with each.
+    """
+    why: dict[int, str] = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            restored = _read(manager, step, like)
+        except Exception as e:  # whatever a reader makes of broken files
+            why[step] = f"{type(e).__name__}: {e}".splitlines()[0][:300]
+            continue
+        for bad, reason in why.items():
+            log.warning("checkpoint %d is damaged (%s); going on from %d", bad, reason, step)
+            _set_aside(manager, bad)
+        if why:
+            manager.reload()
+        return restored
+    if why:
+        found = "; ".join(f"{step}: {reason}" for step, reason in why.items())
+        raise DamagedCheckpointError(
+            f"restore: no checkpoint under {manager.directory} can be read ({found}); expected at least one that is "
+            "whole and of this model. Begin a new run with another --out."
+        )
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------- private
+def _read(manager: ocp.CheckpointManager, step: int, like: TrainState) -> Restored:
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes._replace(frozen={})), meta=ocp.args.JsonRestore())
+    found = manager.restore(step, args=items)
+    state, wanted = found["state"]._replace(frozen=like.frozen), found["meta"]["fingerprint"]
+    got = {name: int(value) for name, value in jax.device_get(_fingerprint(state)).items()}
+    if wrong := sorted(name for name in wanted | got if wanted.get(name) != got.get(name)):
+        raise ValueError(f"bits of {', '.join(wrong[:3])} are not those that were saved")
+    if (inside := int(state.step)) != step:
+        raise ValueError(f"holds step {inside}")
+    return Restored(state, found["meta"]["data"], step)
+
+
+@jax.jit
+def _fingerprint(tree: Any) -> dict[str, jax.Array]:
+    """For every leaf the sum, modulo 2^32, of its bits times an odd number that differs from place to place.
+
+    Integers in any order add up to the same, so the layout on devices does not matter; any change of one element does.
+    """
+    return {jax.tree_util.keystr(path): _print_of(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _print_of(x: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(x, np.dtype(f"uint{8 * x.dtype.itemsize}")) if x.dtype != bool else x
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+
+
+def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
+    """Out of the way of the save that will come at this step again, but not deleted."""
+    if jax.process_index() == 0:
+        folder = Path(manager.directory)
+        number = 0
+        while (to := folder.parent / "damaged" / f"{step}.{number}").exists():
+            number += 1
+        to.parent.mkdir(exist_ok=True)
+        (folder / str(step)).rename(to)

@@ -1,0 +1,245 @@
+"""Examples -> batches: shuffle, tokenise, pack or pad, and a position that can be written down and returned to.
+
+Rows of a global batch are made by `shards` independent streams; stream s reads every shards-th example of the shuffled
+order, beginning with the s-th, and fills its own rows. A process runs the streams whose rows its devices hold. So
+which examples share a batch depends on seed and `shards` alone, never on how many devices or processes take part.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from .tokenise import Encoded, Truncation, truncate
+
+BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # lengths that unpacked batches are padded to
+
+
+class Batch(NamedTuple):
+    """What a step sees; NumPy arrays as long as it is on the host. Leading axes are micro-batches and rows.
+
+    What stands at a token's position predicts its target.
+    Segments number the examples of a row from 1; 0 is padding. A token sees its own segment alone.
+    """
+
+    tokens: Int[Array, "*M B T"]
+    targets: Int[Array, "*M B T"]
+    positions: Int[Array, "*M B T"]  # from 0 in every segment
+    segments: Int[Array, "*M B T"]
+    mask: Bool[Array, "*M B T"]  # the target is part of a completion, and counts
+    weights: Float[Array, "*M B T"]  # of the loss at that target; 0 outside the mask
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How examples become batches."""
+
+    size: int = 8  # rows of one step, over all devices and micro-batches
+    micro_batches: int = 1  # parts that a step works through one after the other, to save memory
+    max_length: int = 1024  # tokens of a row, and of an example at most; longer ones are cut
+    packing: bool = True  # several examples a row, each seeing itself alone
+    truncation: Truncation = "keep_start"
+    shuffle: bool = True  # anew in every epoch
+    shards: int = 1  # independent streams of rows; a multiple of the number of processes
+
+    def __post_init__(self):
+        for name in ("size", "micro_batches", "shards"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"BatchConfig.{name}: found {getattr(self, name)}; expected at least 1.")
+        if self.max_length < 2:
+            raise ValueError(f"BatchConfig.max_length: found {self.max_length}; expected at least 2 tokens.")
+        if self.size % (self.micro_batches * self.shards):
+            raise ValueError(
+                f"BatchConfig.size: found {self.size}; expected a multiple of micro_batches x shards = "
+                f"{self.micro_batches} x {self.shards}, so that every part has as many rows."
+            )
+
+
+class Batches:
+    """An endless iterator over this process's part of every batch, and where it stands.
+
+    Attributes:
+      dropped: indices of examples met so far that no completion token of was left after cutting.
+      mismatched: indices of those whose prompt was no token prefix of prompt and completion.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Mapping[str, Any]],
+        encode: Callable[[Mapping[str, Any]], Encoded],
+        cfg: BatchConfig,
+        *,
+        seed: int,
+        shards: range | None = None,
+        fixed_length: bool = False,
+    ):
+        """Begin at the first example.
+
+        Args:
+          examples: random access to checked rows.
+          encode: tokens of one of them.
+          cfg: how to batch.
+          seed: of the order.
+          shards: the streams of this process; all when not given.
+          fixed_length: pad unpacked rows to `max_length` always; needed when other processes hold other rows.
+        """
+        self.dropped: set[int] = set()
+        self.mismatched: set[int] = set()
+        self._cfg, self._fixed = cfg, fixed_length
+        mine = range(cfg.shards) if shards is None else shards
+        self._streams = {s: iter(self._stream(examples, encode, seed, s)) for s in mine}
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        parts = [next(stream) for stream in self._streams.values()]
+        length = max(part["tokens"].shape[1] for part in parts)  # streams of one batch agree on a bucket
+        rows = lambda name: [self._rows(part[name], length) for part in parts]
+        fields: Any = {name: np.concatenate(rows(name), axis=1) for name in Batch._fields}
+        return Batch(**fields)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where every stream stands, as JSON; what `__next__` returned last is behind it."""
+        return {str(s): stream.get_state() for s, stream in self._streams.items()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go where `get_state` was called, of this or another process's iterator over the same streams."""
+        if missing := [s for s in self._streams if str(s) not in state]:
+            raise ValueError(
+                f"Batches.set_state: found streams {sorted(state)}; expected {missing} too. "
+                "Resume with the `shards` of the run that wrote this."
+            )
+        for s, stream in self._streams.items():
+            stream.set_state(state[str(s)])
+
+    def _stream(self, examples, encode, seed: int, shard: int) -> grain.IterDataset:
+        cfg, rows = self._cfg, self._cfg.size // self._cfg.shards
+        order = grain.MapDataset.range(len(examples)).seed(seed)
+        order = (order.shuffle() if cfg.shuffle else order).repeat()
+        made = order[shard :: cfg.shards].map(lambda i: self._features(examples, encode, int(i)))
+        made = made.filter(lambda features: features is not None)
+        stream = made.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4 * rows))
+        if cfg.packing:
+            lengths = dict.fromkeys(("tokens", "targets", "mask", "weights"), cfg.max_length)
+            packed = grain.experimental.FirstFitPackIterDataset(
+                stream, length_struct=lengths, num_packing_bins=rows, shuffle_bins=False
+            )
+            stream = packed.map(_named).batch(rows)
+        else:
+            stream = _GroupByLength(stream, rows, seed).map(lambda group: _pad(group, self._length(group)))
+        return grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=2)
+
+    def _features(self, examples, encode, i: int) -> dict[str, np.ndarray] | None:
+        """Inputs and targets of one example, or None if there is nothing to learn from it."""
+        example = examples[i]
+        encoded = truncate(encode(example), self._cfg.max_length, self._cfg.truncation)
+        if encoded.mismatch:
+            self.mismatched.add(i)
+        if not encoded.scored.any():
+            self.dropped.add(i)
+            if len(self.dropped) == len(examples):  # else the search for a good one would not end
+                raise ValueError(
+                    f"Batches: none of {len(examples)} examples keeps a completion token within max_length="
+                    f"{self._cfg.max_length}; expected prompts shorter than that. Raise max_length."
+                )
+            return None
+        mask = encoded.scored[1:]
+        weights = mask.astype(np.float32) * np.float32(example.get("weight", 1.0))
+        return {"tokens": encoded.ids[:-1], "targets": encoded.ids[1:], "mask": mask, "weights": weights}
+
+    def _length(self, group: Sequence[Mapping[str, np.ndarray]]) -> int:
+        most = self._cfg.max_length
+        longest = most if self._fixed else max(len(features["tokens"]) for features in group)
+        return min(most, next((b for b in BUCKETS if b >= longest), most))
+
+    def _rows(self, part: np.ndarray, length: int) -> np.ndarray:
+        """[R, T] -> [M, R / M, length]."""
+        part = np.pad(part, ((0, 0), (0, length - part.shape[1])))
+        return part.reshape(self._cfg.micro_batches, -1, length)
+
+
+def count_units(batch: Batch) -> dict[str, Int[Array, ""]]:
+    """How many of each unit a window of micro-batches holds: what sums of losses are divided by.
+
+    Returns:
+      token: targets that count. sequence: examples. input: positions that are not padding.
+    """
+    before = jnp.pad(batch.segments[..., :-1], [(0, 0)] * (batch.segments.ndim - 1) + [(1, 0)])
+    starts = (batch.segments > 0) & (batch.segments != before)
+    count = lambda where: where.sum(dtype=jnp.int32)
+    return {"token": count(batch.mask), "sequence": count(starts), "input": count(batch.segments > 0)}
+
+
+# ----------------------------------------------------------------------------------------------------------- private
+def _named(packed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The packer's features under the names of `Batch`."""
+    return {
+        "tokens": packed["tokens"],
+        "targets": packed["targets"],
+        "positions": packed["tokens_positions"],
+        "segments": packed["tokens_segment_ids"],
+        "mask": packed["mask"],
+        "weights": packed["weights"],
+    }
+
+
+def _pad(group: Sequence[Mapping[str, np.ndarray]], length: int) -> dict[str, np.ndarray]:
+    """One example a row."""
+    rows = {name: np.stack([np.pad(f[name], (0, length - len(f[name]))) for f in group]) for name in group[0]}
+    lengths = np.asarray([len(f["tokens"]) for f in group])[:, None]
+    index = np.arange(length, dtype=np.int32)[None]
+    inside = index < lengths
+    return rows | {"positions": np.where(inside, index, 0), "segments": inside.astype(np.int32)}
+
+
+class _GroupByLength(grain.IterDataset):
+    """Lists of `rows` examples of similar length: every 8 lists' worth is sorted, cut, and given out in random order.
+
+    Deterministic, and its state is small: where the 8 began, and how many of them are out.
+    """
+
+    def __init__(self, parent: grain.IterDataset, rows: int, seed: int):
+        super().__init__(parent)
+        self.rows, self.order = rows, seed
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _GroupIterator(self._parent.__iter__(), self.rows, self.order)
+
+
+class _GroupIterator(grain.DatasetIterator):
+    def __init__(self, parent: grain.DatasetIterator, rows: int, seed: int):
+        super().__init__(parent)
+        self._rows, self._seed = rows, seed
+        self._begun = self._parent.get_state()
+        self._window, self._out, self._groups = 0, 0, []
+
+    def __next__(self) -> list[Any]:
+        if self._out == len(self._groups):
+            if self._groups:
+                self._window += 1
+            self._fill()
+        self._out += 1
+        return self._groups[self._out - 1]
+
+    def get_state(self) -> dict[str, Any]:
+        return {"parent": self._begun, "window": self._window, "out": self._out}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["parent"])
+        self._window, self._out, self._groups = state["window"], 0, []
+        if state["out"]:
+            self._fill()
+            self._out = state["out"]
+
+    def _fill(self) -> None:
+        self._begun, self._out = self._parent.get_state(), 0
+        window = [next(self._parent) for _ in range(8 * self._rows)]
+        window.sort(key=lambda features: len(features["tokens"]))  # stable, so equal lengths keep their order
+        groups = [window[i : i + self._rows] for i in range(0, len(window), self._rows)]
+        order = np.random.default_rng([self._seed, self._window]).permutation(len(groups))
+        self._groups = [groups[i] for i in order]

@@ -1,0 +1,34 @@
+"""The shared forward pass: what a model says of the targets of a batch, without `[B, T, V]` logits."""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Float
+
+from ...jaxlib_ext.token_stats import token_stats
+from ...models.decoder import DecoderConfig, Params, Remat, forward
+from ...sharding.rules import REPLICATED, Rules
+from ..data.pipeline import Batch
+
+
+class Scores(NamedTuple):
+    """Of every target, prompts and padding included: objectives mask."""
+
+    logp: Float[Array, "B T"]  # natural logarithm of its probability
+    entropy: Float[Array, "B T"]  # in nats, of the distribution it was scored under
+    hidden: Float[Array, "B T D"]  # behind the final norm
+
+
+def score_targets(
+    cfg: DecoderConfig, params: Params, batch: Batch, *, rules: Rules = REPLICATED, remat: Remat = "none"
+) -> Scores:
+    """Run the decoder on packed or padded rows; a token sees those before it in its own segment."""
+    B, T = batch.tokens.shape
+    positions, segments = batch.positions, batch.segments
+    before = batch.positions[:, :, None] >= batch.positions[:, None, :]
+    mask = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, :, None] & before
+    hidden = forward(
+        cfg, params, batch.tokens, positions, mask, key_positions=positions, remat=remat, rules=rules
+    ).hidden
+    head = params["embed"] if cfg.tie_embeddings else params["head"]
+    stats = token_stats(hidden.reshape(B * T, -1), head.astype(hidden.dtype), batch.targets.reshape(-1))
+    return Scores(stats.logp.reshape(B, T), stats.entropy.reshape(B, T), hidden)

@@ -1,0 +1,426 @@
+"""A run: a folder that begins with settings and ends with a model, and can be left and gone back to at any time.
+
+out/config.yaml      every setting
+out/metrics.jsonl    one line a step
+out/checkpoints/     what `resume` goes on from;  out/damaged/ those that could not be read
+out/loss.png         the curve
+out/model/           the result, as a Hugging Face folder
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ..models import hf
+from ..models.decoder import DecoderConfig, Model, Params, Remat, init_params, param_axes, param_shapes
+from ..models.lora import LoraConfig, apply_lora, init_lora, lora_axes
+from ..models.presets import preset
+from ..models.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from ..sharding.mesh import MeshConfig, gather, local_rows, make_mesh, put_batch
+from ..sharding.rules import FSDP_TP_SEQ, shardings_like
+from . import checkpoint
+from .checkpoint import CheckpointConfig
+from .config import build, read_settings, write_settings
+from .data.arithmetic import ArithmeticConfig, ArithmeticExamples, arithmetic_tokenizer
+from .data.formats import Layout, open_examples
+from .data.pipeline import Batch, BatchConfig, Batches, count_units
+from .data.tokenise import Encoded, encode_sft
+from .loop import fit
+from .metrics import append_records, forget_after, plot_loss, read_records
+from .objectives import sft
+from .optimizer import OptimizerConfig, make_optimizer, make_schedule
+from .state import TrainState, init_state
+from .step import LossFn, make_train_step
+
+log = logging.getLogger(__name__)
+ARITHMETIC = "builtin:arithmetic"
+RULES = FSDP_TP_SEQ
+
+
+class Recipe(NamedTuple):
+    """What one kind of training has that others have not."""
+
+    layout: Layout
+    encode: Callable[[Tokenizer, Mapping[str, Any]], Encoded]
+    make_loss: Callable[..., LossFn]  # (decoder config, *, rules, remat)
+
+
+RECIPES = {"sft": Recipe("sft", encode_sft, sft.make_loss)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All settings of a run.
+
+    Attributes:
+      model: folder of a Hugging Face checkpoint, or preset:NAME for fresh weights.
+      data: JSONL or Parquet file, folder of them or of a saved Hugging Face dataset, or builtin:arithmetic.
+      out: the run's folder; new or empty.
+      steps: updates to make.
+      tokenizer: folder; the model's own, the embedded task's, or bytes when not given.
+      split: which part of a saved Hugging Face dataset.
+      on_bad_row: what to do about rows that are not as they should be.
+      seed: of weights, data order and randomness.
+      dtype: of activations; float32 on CPU and bfloat16 elsewhere when not given. Weights are float32.
+      remat: what the backward pass computes again instead of keeping.
+      adapters: train all weights, or low-rank adapters to them.
+      ema: decay of a running mean of the weights, which is what is exported; 0 keeps none.
+      log_every: steps between looks at the metrics.
+      max_skipped: steps in a row with a loss that is not finite, before the run stops.
+      tensorboard: write the metrics for TensorBoard too.
+    """
+
+    model: str
+    data: str
+    out: Path
+    steps: int = 1000
+    tokenizer: str | None = None
+    split: str | None = None
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] | None = None
+    remat: Remat = "none"
+    adapters: Literal["none", "lora"] = "none"
+    ema: float = 0.0
+    log_every: int = 10
+    max_skipped: int = 10
+    tensorboard: bool = False
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+    arithmetic: ArithmeticConfig = ArithmeticConfig()
+
+    def __post_init__(self):
+        for name in ("steps", "log_every", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"RunConfig.{name}: found {getattr(self, name)}; expected at least 1.")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"RunConfig.ema: found {self.ema}; expected 0 (none) or a decay below 1.")
+
+
+class Outcome(NamedTuple):
+    """How a run was left."""
+
+    step: int
+    finished: bool
+    signal: int | None  # what asked it to stop
+
+
+def start(kind: str, cfg: RunConfig, *, progress: bool = False) -> Outcome:
+    """Begin a run in a new folder and train to its end.
+
+    Args:
+      kind: a key of `RECIPES`.
+      cfg: its settings.
+      progress: show a bar.
+
+    Raises:
+      FileExistsError: if the folder holds anything.
+      ValueError: for settings, data or weights that cannot be used; nothing is left behind then.
+    """
+    if cfg.out.exists() and (not cfg.out.is_dir() or any(cfg.out.iterdir())):
+        what = "a run" if (cfg.out / "config.yaml").exists() else "other files"
+        raise FileExistsError(
+            f"train: {cfg.out} holds {what}; expected a new or empty folder. "
+            f"Go on with `jaxaroo train resume {cfg.out}`, or choose another --out."
+        )
+    if cfg.dtype is None:  # written down, so that it stays what it is on another machine
+        cfg = dataclasses.replace(cfg, dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return _train(kind, cfg, progress, fresh=True)
+
+
+def resume(out: Path, *, mesh: MeshConfig | None = None, progress: bool = False) -> Outcome:
+    """Go on where a run was left, by whatever it was stopped.
+
+    Args:
+      out: the run's folder.
+      mesh: of this machine, if it has other devices than the run began on.
+      progress: show a bar.
+
+    Raises:
+      FileNotFoundError: if that is no run's folder.
+      DamagedCheckpointError: if none of its checkpoints can be read.
+    """
+    if not (out / "config.yaml").is_file():
+        raise FileNotFoundError(f"train resume: found no {out / 'config.yaml'}; expected the --out folder of a run.")
+    kind, cfg = read_run(out)
+    cfg = dataclasses.replace(cfg, out=out, **({"mesh": mesh} if mesh else {}))
+    return _train(kind, cfg, progress, fresh=False)
+
+
+def read_run(out: Path) -> tuple[str, RunConfig]:
+    """Kind and settings of the run in a folder."""
+    stored = read_settings(_Stored, out / "config.yaml")
+    return stored["kind"], build(RunConfig, stored["settings"])
+
+
+# ----------------------------------------------------------------------------------------------------------- private
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """What config.yaml holds."""
+
+    kind: Literal["sft"]
+    settings: RunConfig
+
+
+class _Parts(NamedTuple):
+    """What is trained: shapes before there are arrays."""
+
+    config: DecoderConfig
+    tokenizer: Tokenizer
+    like: Path | None  # the folder the weights come from
+
+
+def _train(kind: str, cfg: RunConfig, progress: bool, fresh: bool) -> Outcome:
+    # 1. What to learn, and from what.
+    recipe, parts = RECIPES[kind], _parts(cfg)
+    examples = _examples(cfg, recipe.layout, progress)
+    mesh = make_mesh(cfg.mesh)
+    batches = _batches(cfg, recipe, parts.tokenizer, examples, mesh)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        # 2. Where it begins: at step 0, or at the newest checkpoint that is whole.
+        schedule = make_schedule(cfg.optimizer, cfg.steps)
+        tx = make_optimizer(cfg.optimizer, cfg.steps)
+        state, shardings = _begin(cfg, parts, tx, mesh)
+        if fresh and jax.process_index() == 0:
+            cfg.out.mkdir(parents=True, exist_ok=True)
+            write_settings(_Stored(kind=kind, settings=cfg), cfg.out / "config.yaml")  # type: ignore[arg-type]
+        multihost_utils.sync_global_devices("run folder")
+        manager = stack.enter_context(checkpoint.open_checkpoints(cfg.out / "checkpoints", cfg.checkpoint))
+        if (found := checkpoint.restore(manager, state)) is not None:
+            state = found.state
+            batches.set_state(found.data)
+        elif not fresh:
+            log.warning("train resume: no checkpoint yet in %s; beginning at step 0", cfg.out)
+        # 3. The way from there.
+        record = _recorder(cfg, int(state.step), stack)
+        stopped = stack.enter_context(_stop_signals())
+        step = make_train_step(
+            recipe.make_loss(parts.config, rules=RULES, remat=cfg.remat),
+            tx,
+            count_units,
+            combine=_combine(cfg),
+            ema_decay=cfg.ema,
+            schedule=schedule,
+            shardings=shardings,
+        )
+        state = fit(
+            state,
+            step,
+            (put_batch(mesh, RULES, batch) for batch in batches),
+            steps=cfg.steps,
+            log=record,
+            save=lambda state: checkpoint.save(manager, state, _every_stream(batches.get_state())),
+            stop=lambda number: stopped() is not None or _preempted(number),
+            log_every=cfg.log_every,
+            save_every=cfg.checkpoint.every,
+            max_skipped=cfg.max_skipped,
+            progress=progress and jax.process_index() == 0,
+        )
+        manager.wait_until_finished()
+        _report(batches, examples)
+        # 4. What comes of it.
+        done = int(state.step)
+        if done == cfg.steps:
+            _export(cfg, parts, state)
+    return Outcome(done, done == cfg.steps, stopped())
+
+
+def _parts(cfg: RunConfig) -> _Parts:
+    name = cfg.model.removeprefix("preset:")
+    folder = None if name != cfg.model else Path(cfg.model)
+    if cfg.tokenizer is not None:
+        tokenizer = load_tokenizer(Path(cfg.tokenizer))
+    elif folder is not None:
+        tokenizer = load_tokenizer(folder)
+    else:
+        tokenizer = arithmetic_tokenizer() if cfg.data == ARITHMETIC else byte_tokenizer()
+    if folder is not None:
+        config = hf.read_config(folder)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"train: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's table {config.vocab_size} "
+                "rows; expected a row for every id. Use the model's own tokenizer."
+            )
+    else:
+        config = dataclasses.replace(preset(name, vocab_size=tokenizer.vocab_size), eos_ids=tokenizer.eos_ids)
+    if cfg.batch.max_length > config.max_positions:
+        raise ValueError(
+            f"train: max_length={cfg.batch.max_length}; expected at most the model's {config.max_positions} positions. "
+            "Lower --batch.max-length."
+        )
+    return _Parts(dataclasses.replace(config, dtype=cfg.dtype or "float32"), tokenizer, folder)
+
+
+def _examples(cfg: RunConfig, layout: Layout, progress: bool) -> Sequence[Mapping[str, Any]]:
+    if cfg.data == ARITHMETIC:
+        return ArithmeticExamples(cfg.arithmetic)  # type: ignore[return-value]
+    if cfg.data.startswith("builtin:"):
+        raise ValueError(f"train: data={cfg.data!r}; expected {ARITHMETIC}, a file or a folder.")
+    examples = open_examples(Path(cfg.data), layout, on_bad_row=cfg.on_bad_row, split=cfg.split, progress=progress)
+    if examples.skipped:
+        first = examples.skipped[0]
+        log.warning("%d rows are left out, the first %s: %s", len(examples.skipped), first.where, first.message)
+    return examples  # type: ignore[return-value]
+
+
+def _batches(cfg: RunConfig, recipe: Recipe, tokenizer: Tokenizer, examples, mesh) -> Batches:
+    """This process runs the streams that fill its rows."""
+    micro = cfg.batch.size // cfg.batch.micro_batches
+    mine, per_stream = local_rows(mesh, RULES, micro), micro // cfg.batch.shards
+    if mine.start % per_stream or mine.stop % per_stream:
+        raise ValueError(
+            f"train: process {jax.process_index()} holds rows {mine.start} to {mine.stop - 1} of a micro-batch, and a "
+            f"stream fills {per_stream}; expected whole streams. Make batch.shards a multiple of the processes."
+        )
+    return Batches(
+        examples,
+        partial(recipe.encode, tokenizer),
+        cfg.batch,
+        seed=cfg.seed,
+        shards=range(mine.start // per_stream, mine.stop // per_stream),
+        fixed_length=jax.process_count() > 1,
+    )
+
+
+def _begin(cfg: RunConfig, parts: _Parts, tx, mesh) -> tuple[TrainState, TrainState]:
+    """The state at step 0, on the mesh, and its shardings."""
+    config, axes, shapes = parts.config, param_axes(parts.config), param_shapes(parts.config)
+    placed = RULES.shardings(mesh, axes, shapes)
+    weights, adapters_key = jax.random.split(jax.random.key(cfg.seed))
+    if parts.like is not None:
+        base = hf.load(parts.like, dtype="float32", stacked=True, mesh=mesh, rules=RULES, progress=True).params
+    else:
+        base = jax.jit(partial(init_params, config), out_shardings=placed)(weights)
+
+    def state_of(base: Params, key) -> TrainState:
+        adapters = init_lora(cfg.lora, base, axes, key) if cfg.adapters == "lora" else None
+        params, frozen = (base, None) if adapters is None else (adapters, base)
+        return init_state(params, tx, seed=cfg.seed, frozen=frozen, ema=cfg.ema > 0)
+
+    like = jax.eval_shape(state_of, shapes, adapters_key)
+    if cfg.adapters == "lora":
+        trained, frozen = RULES.shardings(mesh, lora_axes(cfg.lora, axes), like.params), placed
+    else:
+        trained, frozen = placed, {}
+    one: Any = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shardings = TrainState(
+        step=one,
+        params=trained,
+        frozen=frozen,
+        opt_state=shardings_like(like.opt_state, like.params, trained),
+        ema=trained if cfg.ema else {},
+        key=one,
+        skipped=one,
+        skipped_in_a_row=one,
+    )
+    return jax.jit(state_of, out_shardings=shardings, donate_argnums=0)(base, adapters_key), shardings
+
+
+def _combine(cfg: RunConfig) -> Callable[[Params, Params], Params]:
+    """The model's parameters from those that are trained and those that are not."""
+    if cfg.adapters == "none":
+        return lambda params, frozen: params
+    return lambda adapters, base: apply_lora(cfg.lora, base, adapters)
+
+
+def _recorder(cfg: RunConfig, begin: int, stack: contextlib.ExitStack):
+    """Write metrics, on one process; lines behind `begin` are of steps that will be taken again."""
+    if jax.process_index():
+        return lambda records: None
+    path = cfg.out / "metrics.jsonl"
+    forget_after(path, begin)
+    board: Any = None
+    if cfg.tensorboard:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as e:
+            raise ValueError('train: tensorboard needs tensorboardX. Run pip install "jaxaroo[tensorboard]".') from e
+        board = stack.enter_context(SummaryWriter(str(cfg.out / "tensorboard"), purge_step=begin))
+
+    def record(records) -> None:
+        append_records(path, records)
+        if board is not None:
+            for line in records:
+                for name in line.keys() - {"step"}:
+                    board.add_scalar(name, line[name], line["step"])
+
+    return record
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], int | None]]:
+    """The first Ctrl-C or SIGTERM asks the run to save and leave; a second Ctrl-C ends it at once."""
+    got: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
+        yield lambda: None
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if got and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        got.append(number)
+        log.warning("%s: saving after this step, then leaving", signal.Signals(number).name)
+
+    ours = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()  # else see `_preempted`
+    before = {number: signal.signal(number, ask) for number in ours}
+    try:
+        yield lambda: got[0] if got else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _preempted(step: int) -> bool:
+    """With several processes a SIGTERM to any of them stops all after the same step; JAX's service agrees on it."""
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+def _every_stream(mine: Mapping[str, Any]) -> dict[str, Any]:
+    """Positions of the streams of all processes."""
+    if jax.process_count() == 1:
+        return dict(mine)
+    text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+    size = int(multihost_utils.process_allgather(np.int32(len(text))).max())
+    padded = np.pad(text, (0, size - len(text)), constant_values=ord(" "))
+    rows = multihost_utils.process_allgather(padded)
+    return {name: value for row in rows for name, value in json.loads(bytes(row)).items()}
+
+
+def _report(batches: Batches, examples: Sequence[Any]) -> None:
+    if batches.dropped:
+        log.warning(
+            "%d of %d examples had no completion token left and were dropped", len(batches.dropped), len(examples)
+        )
+    if batches.mismatched:
+        log.warning(
+            "%d prompts were no token prefix of prompt and completion (see tokenise.py)", len(batches.mismatched)
+        )
+
+
+def _export(cfg: RunConfig, parts: _Parts, state: TrainState) -> None:
+    """The model as a Hugging Face folder, and the curve."""
+    trained = state.ema if cfg.ema else state.params
+    params = gather(jax.jit(_combine(cfg))(trained, state.frozen))
+    if jax.process_index() == 0:
+        hf.save(cfg.out / "model", Model(parts.config, params), like=parts.like, overwrite=True)
+        if parts.like is None:
+            parts.tokenizer.save(cfg.out / "model")
+        plot_loss(cfg.out / "loss.png", read_records(cfg.out / "metrics.jsonl"), f"{cfg.model} on {cfg.data}")
+    multihost_utils.sync_global_devices("exported")
+
+
+__all__ = ["ARITHMETIC", "Batch", "Outcome", "RunConfig", "read_run", "resume", "start"]
