@@ -5,7 +5,7 @@ leaves `length` alone: whoever called decides how many of them to keep (a padded
 speculative step keeps what was accepted). Rows at or past `length` are garbage and never visible.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,12 @@ def init_cache(layers: int, batch: int, capacity: int, kv_heads: int, head_dim: 
     shape = (batch, capacity, kv_heads, head_dim)
     empty = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers))
     return KVCache(empty, jnp.zeros(batch, jnp.int32))
+
+
+def cache_axes(layers: int) -> Any:
+    """Logical axis names of every leaf, as a cache; rows stay together, since a query reads all of them."""
+    names = ("batch", None, "kv_heads", "head_dim")
+    return KVCache((LayerCache(names, names),) * layers, ("batch",))  # type: ignore[arg-type]
 
 
 def write_rows(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxaroo.infer.decode import Rows, decode, prefill
 from jaxaroo.infer.sampling import Sampling, pack_sampling
-from jaxaroo.models.cache import KVCache, LayerCache
+from jaxaroo.models.cache import cache_axes
 from jaxaroo.models.decoder import DecoderConfig, param_axes, param_shapes, unstack_layers
 from jaxaroo.sharding.rules import FSDP_TP, FSDP_TP_SEQ, REPLICATED, Rules, shardings_like
 
@@ -193,9 +193,7 @@ def test_greedy_decoding_with_heads_shared_out_gives_the_same_tokens():
     axes = param_axes(cfg)
     one = jax.tree.map(lambda a: a[1:], axes["layers"], is_leaf=lambda a: isinstance(a, tuple))
     placed = jax.device_put(params, FSDP_TP.shardings(mesh(), axes | {"layers": (one, one)}, params))
-    layer = LayerCache(*(("batch", None, "kv_heads", "head_dim"),) * 2)
-    cache_axes = KVCache((layer, layer), ("batch",))
-    place = lambda cache: jax.device_put(cache, FSDP_TP.shardings(mesh(), cache_axes, cache))
+    place = lambda cache: jax.device_put(cache, FSDP_TP.shardings(mesh(), cache_axes(2), cache))
     got = generate(placed, place)
     assert placed["layers"][0]["attn"]["q"].addressable_shards[0].data.shape == (2, 8, 16)
     assert {c.addressable_shards[0].data.shape for c in jax.tree.leaves(got.cache.layers)} == {(2, 32, 1, 8)}
