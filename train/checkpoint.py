@@ -43,7 +43,7 @@ class Restored(NamedTuple):
     """What a run goes on from."""
 
     state: TrainState
-    data: Mapping[str, Any]  # of `Batches.get_state`, for every stream
+    data: Mapping[str, Any]  # position, as it was given to `save`
     step: int
 
 
@@ -65,7 +65,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, data: Mapping[str, A
     Args:
       manager: of `open_checkpoints`.
       state: as the step left it. Frozen parameters come from elsewhere: their fingerprint alone is saved.
-      data: position of every stream, of this process and the others.
+      data: where the data stands, as JSON.
     """
     step = int(state.step)
     if step in manager.all_steps():

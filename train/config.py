@@ -6,6 +6,7 @@ is named at once, with the nearest name for one that is not known.
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -55,8 +56,10 @@ def build(kind: type[Config], tree: Mapping[str, Any]) -> Config:
 
 
 def write_settings(config: Any, path: Path) -> None:
-    """Write every setting, defaults too, so that a later version's defaults change nothing."""
-    path.write_text(yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Write every setting, defaults too, so that a later version's defaults change nothing; whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(partial, path)
 
 
 # ----------------------------------------------------------------------------------------------------------- private

@@ -9,6 +9,8 @@ out/model/           the result, as a Hugging Face folder
 
 import contextlib
 import dataclasses
+import fcntl
+import hashlib
 import json
 import logging
 import signal
@@ -131,7 +133,7 @@ def start(kind: str, cfg: RunConfig, *, progress: bool = False) -> Outcome:
       FileExistsError: if the folder holds anything.
       ValueError: for settings, data or weights that cannot be used; nothing is left behind then.
     """
-    if cfg.out.exists() and (not cfg.out.is_dir() or any(cfg.out.iterdir())):
+    if cfg.out.exists() and (not cfg.out.is_dir() or any(p.name != ".lock" for p in cfg.out.iterdir())):
         what = "a run" if (cfg.out / "config.yaml").exists() else "other files"
         raise FileExistsError(
             f"train: {cfg.out} holds {what}; expected a new or empty folder. "
@@ -190,19 +192,28 @@ def _train(kind: str, cfg: RunConfig, progress: bool, fresh: bool) -> Outcome:
     examples = _examples(cfg, recipe.layout, progress)
     mesh = make_mesh(cfg.mesh)
     batches = _batches(cfg, recipe, parts.tokenizer, examples, mesh)
+    mark = _mark_of(examples, partial(recipe.encode, parts.tokenizer))
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         # 2. Where it begins: at step 0, or at the newest checkpoint that is whole.
         schedule = make_schedule(cfg.optimizer, cfg.steps)
         tx = make_optimizer(cfg.optimizer, cfg.steps)
         state, shardings = _begin(cfg, parts, tx, mesh)
-        if fresh and jax.process_index() == 0:
+        if jax.process_index() == 0:
             cfg.out.mkdir(parents=True, exist_ok=True)
-            write_settings(_Stored(kind=kind, settings=cfg), cfg.out / "config.yaml")  # type: ignore[arg-type]
+            stack.enter_context(_alone(cfg.out))
+            if fresh:
+                write_settings(_Stored(kind=kind, settings=cfg), cfg.out / "config.yaml")  # type: ignore[arg-type]
         multihost_utils.sync_global_devices("run folder")
         manager = stack.enter_context(checkpoint.open_checkpoints(cfg.out / "checkpoints", cfg.checkpoint))
         if (found := checkpoint.restore(manager, state)) is not None:
             state = found.state
-            batches.set_state(found.data)
+            if found.data["mark"] != mark:
+                raise ValueError(
+                    f"train resume: {cfg.data} or the tokenizer is not what it was when {cfg.out} was left; expected "
+                    "the same rows and tokens, or the order of the samples would mean nothing. Put them back, or begin "
+                    "a new run."
+                )
+            batches.set_state(found.data["streams"])
         elif not fresh:
             log.warning("train resume: no checkpoint yet in %s; beginning at step 0", cfg.out)
         # 3. The way from there.
@@ -223,7 +234,9 @@ def _train(kind: str, cfg: RunConfig, progress: bool, fresh: bool) -> Outcome:
             (put_batch(mesh, RULES, batch) for batch in batches),
             steps=cfg.steps,
             log=record,
-            save=lambda state: checkpoint.save(manager, state, _every_stream(batches.get_state())),
+            save=lambda state: checkpoint.save(
+                manager, state, {"mark": mark, "streams": _every_stream(batches.get_state())}
+            ),
             stop=lambda number: stopped() is not None or _preempted(number),
             log_every=cfg.log_every,
             save_every=cfg.checkpoint.every,
@@ -234,9 +247,9 @@ def _train(kind: str, cfg: RunConfig, progress: bool, fresh: bool) -> Outcome:
         _report(batches, examples)
         # 4. What comes of it.
         done = int(state.step)
-        if done == cfg.steps:
+        if done >= cfg.steps:
             _export(cfg, parts, state)
-    return Outcome(done, done == cfg.steps, stopped())
+    return Outcome(done, done >= cfg.steps, stopped())
 
 
 def _parts(cfg: RunConfig) -> _Parts:
@@ -294,6 +307,25 @@ def _batches(cfg: RunConfig, recipe: Recipe, tokenizer: Tokenizer, examples, mes
         shards=range(mine.start // per_stream, mine.stop // per_stream),
         fixed_length=jax.process_count() > 1,
     )
+
+
+def _mark_of(examples: Sequence[Mapping[str, Any]], encode: Callable[[Mapping[str, Any]], Encoded]) -> str:
+    """By which to know the data and the tokenizer again: the number of rows, and the tokens of some of them."""
+    number = len(examples)
+    some = sorted({i * (number - 1) // 15 for i in range(16)})
+    rows = [[[int(i) for i in e.ids], [bool(b) for b in e.scored]] for e in (encode(examples[i]) for i in some)]
+    return hashlib.sha256(json.dumps([number, rows]).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """No other process writes to this folder; the lock goes with the process, however that ends."""
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise FileExistsError(f"train: another process is writing to {out}; expected to be alone there.") from e
+        yield
 
 
 def _begin(cfg: RunConfig, parts: _Parts, tx, mesh) -> tuple[TrainState, TrainState]:

@@ -227,6 +227,16 @@ def test_two_processes_train_as_one_and_one_goes_on_where_two_were_stopped(tmp_p
     assert_close_run(stopped, one)
 
 
+def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
+    out = tmp_path / "one"
+    child = begin("sft", *OPTIONS, "--out", out)
+    wait_for(child, lambda: steps_logged(out) >= 3)
+    with pytest.raises(FileExistsError, match="another process is writing to"):
+        run.resume(out)
+    child.kill()
+    child.communicate()
+
+
 def jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -258,6 +268,19 @@ def test_adapters_to_a_model_on_disk_and_rows_of_a_file(undisturbed, tmp_path):
     assert 1 <= rank <= cfg.lora.rank
     sizes = sum(f.stat().st_size for f in (cfg.out / "checkpoints" / "6").rglob("*") if f.is_file())
     assert sizes < 3 * 4 * 3 * 20_000  # adapters and their two moments, not the model's
+
+
+def test_a_run_knows_its_data_again(tmp_path):
+    rows = [{"prompt": f"what is {i} ?", "completion": f"{i} = {i}"} for i in range(40)]
+    data = jsonl(tmp_path / "rows.jsonl", rows)
+    cfg = settings(tmp_path / "out", data=data, steps=2, batch=BatchConfig(size=8, max_length=64), ema=0.0)
+    assert run.start("sft", cfg).finished
+    for changed in (rows[:-1], [{**row, "completion": "0"} for row in rows]):
+        jsonl(tmp_path / "rows.jsonl", changed)
+        with pytest.raises(ValueError, match=r"rows.jsonl or the tokenizer is not what it was"):
+            run.resume(cfg.out)
+    jsonl(tmp_path / "rows.jsonl", rows)
+    assert run.resume(cfg.out).finished
 
 
 @pytest.mark.parametrize(
