@@ -221,14 +221,34 @@ def info(folder: tyro.conf.Positional[Path], *, json: bool = False) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------- quick start
-def quickstart(*, out: Path = Path("quickstart-out"), seconds: float = 60.0, prompt: str = "There was movement") -> int:
-    """Train a tiny byte-level model on three poems, write it in Hugging Face format, load it again, let it speak.
+def quickstart(
+    *, out: Path = Path("quickstart-out"), seconds: float = 60.0, steps: int = 600, prompt: str = "There was movement"
+) -> int:
+    """Train two tiny models from nothing: one recites poems, one reasons in steps that can be checked.
 
     Args:
-      out: folder for the checkpoint; an earlier quick start's is replaced.
-      seconds: how long to train.
-      prompt: what the model continues.
+      out: folder for both; an earlier quick start's is replaced.
+      seconds: how long the first learns three poems, byte by byte.
+      steps: how long the second learns word problems, in updates.
+      prompt: what the first continues.
     """
+    if out.exists() and any(p.name not in ("checkpoint", "arithmetic") for p in out.iterdir()):
+        raise FileExistsError(f"quickstart: {out} holds other files; expected a new folder. Choose another --out.")
+    _recite(out / "checkpoint", seconds, prompt)
+    _reason(out / "arithmetic", steps)
+    print(
+        f"""
+more:
+  jaxaroo generate --model {out / "checkpoint"} --prompt "And Clancy"
+  jaxaroo eval answers --model {out / "arithmetic" / "model"} --data builtin:arithmetic --max-new-tokens 64
+  README.md: a model that solves most of these problems, in five minutes""",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _recite(folder: Path, seconds: float, prompt: str) -> None:
+    """The loop in the small: a step, batches, an engine; no run folder."""
     import jax
 
     from .infer.engine import Engine
@@ -244,9 +264,6 @@ def quickstart(*, out: Path = Path("quickstart-out"), seconds: float = 60.0, pro
     from .train.state import init_state
     from .train.step import make_train_step
 
-    folder = out / "checkpoint"
-    if out.exists() and any(p.name != "checkpoint" for p in out.iterdir()):
-        raise FileExistsError(f"quickstart: {out} holds other files; expected a new folder. Choose another --out.")
     tokenizer, steps, length = byte_tokenizer(), 400, 160
     cfg = DecoderConfig(
         vocab_size=tokenizer.vocab_size,
@@ -280,8 +297,36 @@ def quickstart(*, out: Path = Path("quickstart-out"), seconds: float = 60.0, pro
         print(prompt, end="", flush=True)
         for delta in engine.generate(prompt, Sampling(max_tokens=128, temperature=0.5, seed=0), stream=True):
             print(delta.text, end="", flush=True)
-    print(f'\n\nmore: jaxaroo generate --model {folder} --prompt "And Clancy"', file=sys.stderr)
-    return 0
+    print(end="\n\n", flush=True)
+
+
+def _reason(out: Path, steps: int) -> None:
+    """A whole run, and what its model makes of a problem that it has not seen."""
+    import shutil
+
+    from .infer.engine import Engine
+    from .infer.sampling import Sampling
+    from .models.hf import load
+    from .models.tokenizer import load_tokenizer
+    from .train.data.arithmetic import ArithmeticConfig, check_lines, make_problem
+    from .train.data.pipeline import BatchConfig
+    from .train.optimizer import OptimizerConfig
+    from .train.run import RunConfig, start
+
+    shutil.rmtree(out, ignore_errors=True)
+    batch = BatchConfig(size=16, max_length=128, packing=False)
+    rate = OptimizerConfig(learning_rate=2e-3, warmup_steps=min(50, steps))
+    print("training on word problems", file=sys.stderr)
+    cfg = RunConfig(model="preset:tiny", data="builtin:arithmetic", out=out, steps=steps, batch=batch, optimizer=rate)
+    if not start("sft", cfg, progress=True).finished:
+        raise KeyboardInterrupt
+    problem = make_problem(ArithmeticConfig(), "test", 0)
+    with Engine(load(out / "model"), load_tokenizer(out / "model")) as engine:
+        [result] = engine.generate(f"{problem.question}\n", Sampling(max_tokens=64, temperature=0.0))
+    lines = (result.outputs[0].text or "").splitlines()
+    print(problem.question)
+    for line, right in zip(lines, check_lines(problem, lines), strict=True):
+        print(f"  {line:20} {'right' if right else 'wrong'}")
 
 
 # ------------------------------------------------------------------------------------------------------------- train

@@ -183,15 +183,96 @@ def test_an_interrupt_ends_with_130(capsys, speaking, monkeypatch):
 
 
 @pytest.mark.optimizer
+@pytest.mark.optimizer
 def test_quickstart_trains_writes_loads_and_speaks(capsys, tmp_path):
     out_dir = tmp_path / "out"
-    status, out, err = run(capsys, "quickstart", "--out", out_dir, "--seconds", 2)
+    status, out, err = run(capsys, "quickstart", "--out", out_dir, "--seconds", 2, "--steps", 3)
     assert status == 0
     assert out.startswith("There was movement")
     assert len(out) > 30
     assert "nats a byte" in err
+    assert "how many" in out
+    assert "config.yaml" in {p.name for p in (out_dir / "arithmetic").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         p.name for p in (out_dir / "checkpoint").iterdir()
     }
     shutil.copy(out_dir / "checkpoint/config.json", out_dir / "notes.txt")
     assert run(capsys, "quickstart", "--out", out_dir, "--seconds", 2)[0] == 1  # other files are not to be mixed up
+
+
+# --------------------------------------------------------------------------------------------------- train and evaluate
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of a few steps on a file of rows, with settings from a file and from the command line."""
+    folder = tmp_path_factory.mktemp("trained")
+    rows = [{"question": f"what is {i} + 1 ?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(30)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "settings.yaml").write_text("steps: 7\nlog_every: 2\nbatch:\n  size: 8\n  max_length: 64\n")
+    base = ["train", "sft", "--model", "preset:tiny", "--data", str(folder / "rows.jsonl")]
+    argv = [*base, "--config", str(folder / "settings.yaml"), "--out", str(folder / "run"), "--steps", "3"]
+    with jax_numpy_promotion("standard"):
+        assert main(argv) == 0
+    return folder
+
+
+def jax_numpy_promotion(mode):
+    import jax
+
+    return jax.numpy_dtype_promotion(mode)
+
+
+def test_train_writes_a_model_that_can_be_asked(capsys, trained):
+    assert len((trained / "run" / "metrics.jsonl").read_text().splitlines()) == 3  # the command line wins
+    assert "size: 8" in (trained / "run" / "config.yaml").read_text()  # and the file fills the rest
+    options = ("--model", trained / "run" / "model", "--data", trained / "rows.jsonl", "--limit", 6, "--json")
+    status, out, _ = run(capsys, "eval", "answers", *options, "--max-new-tokens", 8, "--out", trained / "rows.out")
+    report = json.loads(out)
+    assert (status, report["n"]) == (0, 6)
+    assert 0 <= report["accuracy"] <= 1
+    rows = [json.loads(line) for line in (trained / "rows.out").read_text().splitlines()]
+    assert [row["answer"].split()[-1] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert all(row["prompt"].startswith("Question: what is") for row in rows)
+
+
+def test_eval_lm_scores_completions_or_a_text(capsys, trained):
+    model = ("--model", trained / "run" / "model")
+    status, out, _ = run(capsys, "eval", "lm", *model, "--data", trained / "rows.jsonl", "--json", "--window", 64)
+    report = json.loads(out)
+    completions = sum(len(f" {i} + 1 = {i + 1}\n#### {i + 1}") + 1 for i in range(30))  # bytes, and an end each
+    assert (status, report["tokens"]) == (0, completions)
+    assert report["perplexity"] == pytest.approx(np.exp(report["nll"] / report["tokens"]))
+    (trained / "text.txt").write_text("a b c " * 40)
+    status, out, _ = run(capsys, "eval", "lm", *model, "--data", trained / "text.txt", "--json", "--window", 64)
+    report = json.loads(out)
+    assert report["tokens"] == 240
+    assert report["bits_per_byte"] == pytest.approx(report["nll"] / np.log(2) / 240)
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        ("train sft --model preset:tiny --data builtin:arithmetic", 2, "--out"),
+        ("train sft --modle x --data y --out z", 2, "--model"),
+        ("train sfd", 2, "train sft"),
+        ("train", 2, "train sft"),
+        ("train sft --config {folder}/bad.yaml --out {folder}/x", 1, "Did you mean batch.size?"),
+        ("train sft --config {folder}/none.yaml --out {folder}/x", 1, "none.yaml"),
+        ("train sft --model preset:tiny --data {folder}/bad.jsonl --out {folder}/x", 1, "bad.jsonl:2"),
+        ("train sft --model preset:tiny --data {folder}/rows.jsonl --out {folder}/run", 1, "jaxaroo train resume"),
+        ("train resume {folder}", 1, "expected the --out folder of a run"),
+        ("eval answers --model {folder}/run/model --data {folder}/pairs.jsonl", 1, "expected an `answer`"),
+        ("eval answers --model {folder}/run/model --data {folder}/rows.jsonl --samples 2", 2, "--temperature above 0"),
+        ("eval lm --model {folder}/nothing --data {folder}/rows.jsonl", 1, "nothing"),
+    ],
+)
+def test_training_commands_with_bad_input(capsys, trained, argv, status, message):
+    (trained / "bad.yaml").write_text("model: preset:tiny\ndata: builtin:arithmetic\nbatch:\n  sise: 8\n")
+    (trained / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    (trained / "pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    try:
+        found, out, err = run(capsys, *argv.format(folder=trained).split())
+    except SystemExit as e:  # tyro's own
+        found, (out, err) = e.code, capsys.readouterr()
+    assert found == status
+    assert message in out + err
+    assert not (trained / "x").exists()
