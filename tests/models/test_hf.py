@@ -192,3 +192,16 @@ def test_like_brings_the_tokenizer_and_the_end_tokens_unless_they_changed(tmp_pa
     assert brought(source) == brought(out)
     (source / "generation_config.json").write_text("{")
     refused("generation_config.json: .*plain JSON", hf.load, source)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_what_a_mesh_does_not_divide_is_whole_on_every_device(stacked):
+    """The golden's sizes are no multiples of 8; loading onto such a mesh reads the same bits."""
+    mesh = Mesh(np.array(jax.devices()).reshape(1, 1, 8), ("data", "fsdp", "tensor"))
+    model = hf.load(GOLDENS / "llama_bias", dtype="stored", stacked=stacked, mesh=mesh, rules=FSDP_TP)
+    want = hf.load(GOLDENS / "llama_bias", dtype="stored", stacked=stacked)
+    whole = [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(model.params)]
+    assert any(whole)
+    assert not all(whole)
+    for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(want.params), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()

@@ -1,8 +1,11 @@
 """What is read is what was written, to the bit, or it is not used."""
 
+import gc
+import itertools
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,8 @@ from jaxaroo.train import checkpoint
 from jaxaroo.train.checkpoint import CheckpointConfig, DamagedCheckpointError, open_checkpoints, restore
 from jaxaroo.train.state import init_state
 
+# Where one array of many cannot be read, the readers of the others report to an event loop that Orbax has closed.
+pytestmark = pytest.mark.filterwarnings("default:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 CFG = DecoderConfig(
     vocab_size=64, embed_dim=16, ffn_dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, tie_embeddings=True
 )
@@ -73,6 +78,8 @@ def test_frozen_parameters_are_not_written_but_vouched_for(tmp_path):
     other = {"w": base["w"].at[77].add(1)}
     with pytest.raises(DamagedCheckpointError, match=r"bits of \.frozen\['w'\] are not those that were saved"):
         read(tmp_path / "c", make_state(0, frozen=other))
+    with pytest.raises(DamagedCheckpointError, match=r"bits of \.frozen\['w'\] are not those that were saved"):
+        read(tmp_path / "c")
 
 
 @pytest.mark.optimizer
@@ -122,6 +129,11 @@ def _cut(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+# A reader that gives up leaves coroutines behind, which Python mentions whenever it collects them: here and now.
+abandoned = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine")
+
+
+@abandoned
 @pytest.mark.optimizer
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, caplog, damage):
@@ -138,6 +150,29 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, caplog, 
     found = read(tmp_path / "c")
     assert found.step == 3
     assert bits(found.state) == bits(make_state(3))
+    gc.collect()
+
+
+@abandoned
+@pytest.mark.optimizer
+def test_what_was_set_aside_before_stays_and_the_step_can_be_saved_again_at_once(tmp_path):
+    for _ in range(2):
+        saved(tmp_path / "c", 1, 3)
+        flip(max(_files(tmp_path / "c" / "3"), key=lambda f: f.stat().st_size))
+        with open_checkpoints(tmp_path / "c", CheckpointConfig()) as manager:
+            assert restore(manager, make_state(0)).step == 1
+            checkpoint.save(manager, make_state(3), DATA)
+        assert read(tmp_path / "c").step == 3
+    assert sorted(p.name for p in (tmp_path / "damaged").iterdir()) == ["3.0", "3.1"]
+
+
+@pytest.mark.optimizer
+def test_what_a_killed_save_left_is_cleared_away_and_a_relative_folder_will_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved(Path("c"), 2)
+    shutil.copytree("c/2", "c/5.orbax-checkpoint-tmp")
+    assert read(Path("c")).step == 2
+    assert [p.name for p in Path("c").iterdir()] == ["2"]
 
 
 @pytest.mark.optimizer
@@ -148,6 +183,7 @@ def test_if_all_are_damaged_it_says_what_is_wrong_with_each(tmp_path):
     with pytest.raises(DamagedCheckpointError, match=r"no checkpoint under .*\(2: .* 1: .*\); expected at least one"):
         read(tmp_path / "c")
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["1", "2"]  # nothing is moved away for nothing
+    gc.collect()
 
 
 @pytest.mark.optimizer
@@ -167,9 +203,17 @@ def test_any_bit_of_any_leaf_changes_the_fingerprint():
             changed = jnp.asarray(np.frombuffer(bytes(data), raw.dtype).reshape(raw.shape))
             got = jax.device_get(checkpoint._fingerprint(tree | {name: changed}))
             assert [n for n in want if got[n] != want[n]] == [f"['{name}']"]
-    swapped = jax.device_get(checkpoint._fingerprint(tree | {"f": tree["f"][::-1]}))
-    assert swapped["['f']"] != want["['f']"]
+    values = np.random.default_rng(0).normal(size=6).astype(np.float32)
+    orders = [np.arange(6), *(_swapped(i, j) for i, j in itertools.combinations(range(6), 2))]
+    prints = [checkpoint._fingerprint({"f": jnp.asarray(values[o].reshape(2, 3))})["['f']"] for o in orders]
+    assert len({int(p) for p in prints}) == 16  # no two places count the same
     assert jax.device_get(checkpoint._fingerprint(tree | {"b": jnp.asarray([True, False])}))["['b']"] != want["['b']"]
+
+
+def _swapped(i, j):
+    order = np.arange(6)
+    order[[i, j]] = j, i
+    return order
 
 
 @pytest.mark.parametrize("settings", [{"every": 0}, {"keep": 0}, {"keep_every": 0}])

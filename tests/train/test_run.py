@@ -255,6 +255,7 @@ def test_adapters_to_a_model_on_disk_and_rows_of_a_file(undisturbed, tmp_path):
         steps=6,
         batch=BatchConfig(size=8, max_length=64, packing=False, micro_batches=2),
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        tensorboard=True,
     )
     with pytest.raises(ValueError, match=r"rows.jsonl:41"):
         run.start("sft", cfg)
@@ -266,6 +267,8 @@ def test_adapters_to_a_model_on_disk_and_rows_of_a_file(undisturbed, tmp_path):
     difference = np.asarray(tuned["layers"][0]["attn"]["q"] - base["layers"][0]["attn"]["q"])
     rank = np.linalg.matrix_rank(difference.reshape(-1, difference.shape[-1]), tol=1e-6)
     assert 1 <= rank <= cfg.lora.rank
+    [events] = (cfg.out / "tensorboard").iterdir()
+    assert b"grad_norm" in events.read_bytes()
     sizes = sum(f.stat().st_size for f in (cfg.out / "checkpoints" / "6").rglob("*") if f.is_file())
     assert sizes < 3 * 4 * 3 * 20_000  # adapters and their two moments, not the model's
 
