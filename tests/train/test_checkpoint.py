@@ -21,7 +21,7 @@ from jaxaroo.train.checkpoint import CheckpointConfig, DamagedCheckpointError, o
 from jaxaroo.train.state import init_state
 
 # Where one array of many cannot be read, the readers of the others report to an event loop that Orbax has closed.
-pytestmark = pytest.mark.filterwarnings("default:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 CFG = DecoderConfig(
     vocab_size=64, embed_dim=16, ffn_dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, tie_embeddings=True
 )
@@ -80,6 +80,9 @@ def test_frozen_parameters_are_not_written_but_vouched_for(tmp_path):
         read(tmp_path / "c", make_state(0, frozen=other))
     with pytest.raises(DamagedCheckpointError, match=r"bits of \.frozen\['w'\] are not those that were saved"):
         read(tmp_path / "c")
+    saved(tmp_path / "none", 2)
+    with pytest.raises(DamagedCheckpointError, match=r"bits of \.frozen\['w'\] are not those that were saved"):
+        read(tmp_path / "none", make_state(0, frozen=base))
 
 
 @pytest.mark.optimizer

@@ -1,6 +1,7 @@
 """Settings survive the way to a file and back; what is wrong in a file is named, all of it."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +13,14 @@ from jaxaroo.train.config import ConfigError, build, read_settings, write_settin
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inner:
     rate: float = 0.5
-    names: tuple[str, ...] = ("a",)
+    names: tuple[str, ...] = dataclasses.field(default_factory=lambda: ("a",))
     loud: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Either:
+    number: int | float = 1
+    named: str | float = "a"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +30,7 @@ class Outer:
     steps: int = 3
     limit: int | None = None
     kind: Literal["x", "y"] = "x"
+    level: Literal[1, 2] = 1
     inner: Inner = Inner()
 
 
@@ -45,6 +53,34 @@ def test_defaults_fill_what_a_file_leaves_out(tmp_path):
     assert load(tmp_path, "model: m\nout: o\ninner:\n  rate: 1e-5\n").inner.rate == 1e-5  # text to YAML 1.1
 
 
+def test_where_two_types_will_do_a_value_keeps_its_own():
+    got = build(Either, {"number": 2, "named": "1e-5"})
+    assert (got.named, type(got.number)) == ("1e-5", int)
+
+
+def test_a_write_that_is_cut_short_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path, config = tmp_path / "c.yaml", Outer(model="m", out=Path("o"))
+    write_settings(config, path)
+    before = path.read_bytes()
+
+    def full(*paths):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as changed:
+        changed.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="no space left"):
+            write_settings(dataclasses.replace(config, model="other"), path)
+    assert path.read_bytes() == before
+    write_settings(config, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["c.yaml"]
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_bytes(b"model: \xff")
+    with pytest.raises(ConfigError, match=r"c.yaml: .*expected YAML"):
+        read_settings(Outer, tmp_path / "c.yaml")
+
+
 @pytest.mark.parametrize(
     ("text", "messages"),
     [
@@ -59,6 +95,10 @@ def test_defaults_fill_what_a_file_leaves_out(tmp_path):
         ("limit: a", ["limit: found 'a'; expected a whole number or null"]),
         ("inner: 3", ["inner: found 3; expected names and values"]),
         ("inner:\n  names: a", ["inner.names: found 'a'; expected a list of text"]),
+        ("inner:\n  names: [b, 1]", ["inner.names: found ['b', 1]; expected a list of text"]),
+        ("inner:\n  rate: true", ["inner.rate: found True; expected a number"]),
+        ("level: true", ["level: found True; expected one of 1, 2"]),
+        ("", ["found no model, out; expected a value for each"]),
         ("inner:\n  loud: 1", ["inner.loud: found 1; expected true or false"]),
         ("inner:\n  rate: fast", ["inner.rate: found 'fast'; expected a number"]),
         ("model: 3\nout: o", ["model: found 3; expected text"]),

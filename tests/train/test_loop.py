@@ -2,11 +2,13 @@
 
 import itertools
 import signal
+import types
 
 import jax.numpy as jnp
 import optax
 import pytest
 
+from jaxaroo.train import loop
 from jaxaroo.train.loop import NotFiniteError, fit
 from jaxaroo.train.state import init_state
 
@@ -77,6 +79,43 @@ def test_too_many_bad_steps_in_a_row_end_the_run_without_a_save():
         run(windows, max_skipped=5, save_every=5, save=lambda s: saved.append(int(s.step)))
     assert saved == [5]
     assert int(run(windows[:12], steps=12, max_skipped=9)[0].step) == 12
+
+
+def test_the_last_bad_step_that_is_too_much_ends_it_and_is_written_down_first():
+    windows, log = [1.0, *[0.0] * 5], []
+    with pytest.raises(NotFiniteError, match="last 5 steps, up to step 6"):
+        run(windows, max_skipped=5, log_every=2, log=log.extend)
+    assert [r["loss"] for r in log] == windows
+    assert int(run(windows[:5], steps=5, max_skipped=5)[0].step) == 5
+
+
+def test_seconds_are_a_mean_since_the_last_log_and_the_bar_shows_the_rate(monkeypatch):
+    now, shown, log = [100.0], [], []
+
+    class Bar:
+        def __init__(self, **settings):
+            assert (settings["total"], settings["initial"]) == (5, 0)
+            self.update, self.set_postfix = lambda: None, shown.append
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    def slow(state, window):
+        now[0] += window
+        return adding(state, window)
+
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(loop, "tqdm", Bar)
+    fit(start(), slow, iter([0.5, 1.5, 3.0, 4.0, 7.0]), steps=5, log_every=2, log=log.extend)
+    assert [r["seconds"] for r in log] == [1.0, 1.0, 3.5, 3.5, 7.0]
+    assert shown == [
+        {"loss": "1.5000", "tokens/s": "7"},
+        {"loss": "4.0000", "tokens/s": "2"},
+        {"loss": "7.0000", "tokens/s": "1"},
+    ]
 
 
 def test_ctrl_c_between_steps_passes_through():

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from jaxaroo.train import metrics
 from jaxaroo.train.metrics import append_records, forget_after, plot_loss, read_records
 
 
@@ -33,6 +34,32 @@ def test_half_a_line_is_no_line_and_steps_to_come_are_forgotten(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m.jsonl"]
     forget_after(tmp_path / "new.jsonl", 0)
     assert (tmp_path / "new.jsonl").read_text() == ""
+
+
+def test_what_is_no_record_is_left_out_and_an_older_attempt_to_forget_leaves_nothing(tmp_path):
+    path = tmp_path / "m.jsonl"
+    append_records(path, [line(1), line(2)])
+    with path.open("a") as file:
+        file.write('3\n{"loss": 1}\n{"step": null}\n\n[1]\n')
+    append_records(path, [line(3)])
+    append_records(tmp_path / "m.partial", [line(9)])  # what a killed process left
+    assert [r["step"] for r in read_records(path)] == [1, 2, 3]
+    forget_after(path, 9)
+    assert [r["step"] for r in read_records(path)] == [1, 2, 3]
+
+
+def test_the_curve_holds_each_step_the_median_of_those_behind_it_and_the_rate(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **settings: figures.append(self))
+    loss = np.random.default_rng(0).normal(size=100).tolist()
+    plot_loss(tmp_path / "a.png", [line(i, x) for i, x in enumerate(loss)], "a run")
+    (each, median), (rate,) = (axes.lines for axes in figures[0].axes)
+    np.testing.assert_array_equal(each.get_ydata(), loss)
+    np.testing.assert_array_equal(median.get_ydata()[4:], [np.median(loss[i - 4 : i + 1]) for i in range(4, 100)])
+    np.testing.assert_array_equal(rate.get_ydata(), [0.1] * 100)
+    assert metrics._running_median(loss[:3]) == loss[:3]
 
 
 def test_the_curve_is_a_picture_of_what_was_recorded(tmp_path):

@@ -20,6 +20,8 @@ def test_a_state_begins_at_step_0_with_everything_it_will_keep():
     assert state.frozen is frozen
     assert jax.tree.structure(state.opt_state) == jax.tree.structure(optax.adam(0.1).init(params))
     assert init_state(params, optax.sgd(0.1)).ema == {}
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    assert init_state(half, optax.sgd(0.1), ema=True).ema["w"].dtype == jnp.float32  # a mean moves by less than 1/256
 
 
 @pytest.mark.optimizer

@@ -211,6 +211,75 @@ def test_a_gradient_that_is_not_finite_counts_as_well():
 
 
 @pytest.mark.optimizer
+def test_a_loss_that_is_not_finite_counts_whatever_its_gradient():
+    loss_fn = lambda p, batch, key: ({"a": Term(p * batch + jnp.inf, jnp.ones_like(batch), "token")}, {})
+    step = make_train_step(loss_fn, optax.sgd(1.0), lambda w: {"token": jnp.int32(1)})
+    state, metrics = step(init_state(jnp.float32(1.0), optax.sgd(1.0)), jnp.asarray([2.0]))
+    assert float(metrics["grad_norm"]) == 2.0
+    assert (float(state.params), int(state.skipped)) == (1.0, 1)
+
+
+def product(p, batch, key):
+    """Elements p x, of weight w."""
+    return {"a": Term(p["w"] * batch["x"], batch["w"], "token")}, {}
+
+
+def taken(x, w, tx, number, dtype=jnp.float32):
+    """A step of `product` from 2, and its metrics."""
+    window = {"x": jnp.asarray(x, dtype), "w": jnp.asarray(w, dtype)}
+    step = make_train_step(product, tx, lambda window: {"token": jnp.int32(number)})
+    state, metrics = step(init_state({"w": jnp.asarray(2.0, dtype)}, tx), window)
+    return state, {name: float(value) for name, value in metrics.items()}
+
+
+@pytest.mark.optimizer
+def test_the_norm_is_that_of_the_gradient_before_clipping():
+    state, metrics = taken([[3.0, 4.0]], [[1.0, -2.0]], optax.chain(optax.clip(1.0), optax.sgd(0.5)), 1)
+    assert metrics["loss"] == 2 * (3 - 8)  # a negative weight pushes the other way
+    assert metrics["grad_norm"] == 5.0
+    assert float(state.params["w"]) == 2.5
+
+
+@pytest.mark.optimizer
+def test_a_window_in_which_nothing_counts_has_no_loss_and_is_not_skipped():
+    state, metrics = taken([[3.0]], [[0.0]], optax.sgd(1.0), 0)
+    assert (metrics["loss"], metrics["tokens"], metrics["skipped_in_a_row"]) == (0.0, 0.0, 0.0)
+    assert float(state.params["w"]) == 2.0
+
+
+@pytest.mark.optimizer
+def test_sums_are_in_single_precision_whatever_they_are_of():
+    """bfloat16 knows no number between 256 and 258: neither elements nor micro-batches may be added up in it."""
+    _, metrics = taken(np.ones((1, 257)), np.ones((1, 257)), optax.sgd(0.0), 257, jnp.bfloat16)
+    assert metrics["loss"] == pytest.approx(2.0, rel=1e-6)
+    _, metrics = taken(np.ones((259, 1)), np.ones((259, 1)), optax.sgd(0.0), 1, jnp.bfloat16)
+    assert metrics["grad_norm"] == 259.0
+
+
+@pytest.mark.optimizer
+def test_the_old_state_is_given_up():
+    tx = optax.adam(0.1)
+    old = init_state({"w": jnp.arange(4.0)}, tx, ema=True)
+    loss_fn = lambda p, batch, key: ({"a": Term(p["w"] * batch, jnp.ones(4), "token")}, {})
+    make_train_step(loss_fn, tx, lambda w: {"token": jnp.int32(4)}, ema_decay=0.5)(old, jnp.ones((1, 1)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((old.params, old.opt_state, old.ema)))
+
+
+@pytest.mark.optimizer
+@pytest.mark.filterwarnings("ignore:Some donated buffers")  # they have another layout
+def test_the_new_state_is_laid_out_as_told():
+    mesh, tx = make_mesh(MeshConfig(fsdp=8)), optax.sgd(1.0)
+    one, split = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), ("fsdp",)))
+    state = jax.device_put(init_state({"w": jnp.arange(8.0)}, tx), one)
+    shardings = TrainState(one, {"w": split}, {}, tx.init({"w": split}), {}, one, one, one)
+    loss_fn = lambda p, batch, key: ({"a": Term(p["w"] * batch, jnp.ones(8), "token")}, {})
+    step = make_train_step(loss_fn, tx, lambda w: {"token": jnp.int32(1)}, shardings=shardings)
+    new, _ = step(state, jnp.ones((1, 1)))
+    assert new.params["w"].sharding == split
+    np.testing.assert_array_equal(new.params["w"], np.arange(8.0) - 1)
+
+
+@pytest.mark.optimizer
 def test_frozen_parameters_stay_and_the_mean_follows():
     combine = lambda trained, frozen: {"w": trained["w"] + frozen["w"]}
 

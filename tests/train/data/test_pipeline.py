@@ -51,8 +51,8 @@ def found(batch):
             np.testing.assert_array_equal(weights[at], want.scored[1:] * (0.5 if i == 3 else 1.0))
             out.append(i)
         empty = segments == 0
-        assert not mask[empty].any()
-        assert not weights[empty].any()
+        for leaf in row:
+            assert not leaf[empty].any()
     return out
 
 
@@ -67,12 +67,58 @@ def test_every_epoch_holds_every_example_once_and_whole(packing, shards):
     assert len(seen) > 3 * N
     assert stream.mismatched == {5}
     assert seen[:N] != sorted(seen[:N])  # shuffled
-    assert seen[:20] != [i for _ in range(3) for i in found(next(batches(seed=1, packing=packing)))][:20]
+    other = batches(seed=1, packing=packing, shards=shards)
+    assert set(seen[:20]) != set([i for _ in range(8) for i in found(next(other))][:20])
 
 
 def test_without_shuffling_the_order_is_that_of_the_file():
     stream = batches(shuffle=False)
     assert sorted(i for _ in range(3) for i in found(next(stream)))[:8] == list(range(8))
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    class Few(Rows):
+        def __len__(self):
+            return 32
+
+    stream = Batches(Few(), encode, BatchConfig(size=1, max_length=40, packing=False), seed=0)
+    parts = [frozenset(i for _ in range(8) for i in found(next(stream))) for _ in range(8)]
+    assert frozenset.union(*parts[:4]) == frozenset.union(*parts[4:]) == set(range(32))
+    assert set(parts[:4]).isdisjoint(parts[4:])
+
+
+def test_rows_of_like_length_come_in_an_order_that_says_nothing():
+    """Else every eight batches would go from short to long."""
+    orders = []
+    for seed in (0, 1):
+        stream = batches(packing=False, max_length=1000, seed=seed)
+        for _ in range(3):
+            lengths = [(next(stream).segments > 0).sum() for _ in range(8)]
+            orders.append(tuple(np.argsort(lengths, kind="stable")))
+    assert len(set(orders)) == 6
+    assert tuple(range(8)) not in orders
+
+
+@pytest.mark.parametrize(("tokens", "bucket"), [(65, 64), (66, 128), (1025, 1000), (1100, 1000)])
+def test_a_bucket_is_the_smallest_that_will_do(tokens, bucket):
+    same = lambda example: Encoded(np.ones(tokens, np.int32), np.ones(tokens, bool))
+    assert next(batches(encode=same, packing=False, max_length=1000)).tokens.shape == (1, 4, bucket)
+
+
+def test_streams_of_one_batch_agree_on_a_length():
+    for lengths in ([30, 100], [100, 30]):  # of the rows of the first stream, and of the second
+        of = lambda example, lengths=lengths: np.ones(lengths[example["i"] % 2], np.int32)
+        rows = lambda example, of=of: Encoded(of(example), of(example) > 0)
+        batch = next(batches(encode=rows, packing=False, shards=2, shuffle=False, max_length=1000))
+        assert (batch.segments > 0).sum(-1).tolist() == [[n - 1 for n in lengths for _ in range(2)]]
+        assert batch.tokens.shape == (1, 4, 128)
+
+
+def test_the_end_that_is_cut_is_the_one_asked_for():
+    ids = lambda e: Encoded(np.arange(1, 51, dtype=np.int32), np.ones(50, bool))
+    for how, first in (("keep_start", 1), ("keep_end", 11)):
+        batch = next(batches(encode=ids, packing=False, truncation=how))
+        np.testing.assert_array_equal(batch.tokens[0, 0, :39], np.arange(first, first + 39))
 
 
 def test_packing_wastes_little_and_no_row_is_longer_than_asked():
@@ -93,7 +139,7 @@ def test_unpacked_rows_are_of_like_length_in_few_shapes():
         lengths = [len(encode({"i": (4 * i + j) % N}).ids) for j in range(4)]
         waste.append(1 - np.mean(lengths) / max(lengths))
     assert np.mean(sorted_waste) < np.mean(waste) / 3
-    assert next(batches(packing=False, fixed_length=True)).tokens.shape == (1, 4, 40)
+    assert next(batches(packing=False, max_length=1000, fixed_length=True)).tokens.shape == (1, 4, 1000)
     assert next(batches(packing=False, max_length=1000)).tokens.shape[-1] == 64
 
 

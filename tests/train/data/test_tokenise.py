@@ -82,6 +82,7 @@ def test_every_turn_of_the_assistant_is_learned_and_no_other(name):
     assert "emu" not in text
     assert "where" not in text
     assert "user" not in text
+    assert "assistant" not in text  # the generation prompt is given, not learned
     assert sum(int(i) in t.eos_ids for i in encoded.ids[encoded.scored]) == 2
     again = encode_messages(t, [*chat, MORE])  # an unanswered question adds nothing
     assert list(again.ids) == list(encoded.ids)
@@ -106,9 +107,54 @@ def test_a_chat_that_the_template_will_not_continue_is_joined_from_its_contents(
         "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}>{% endif %}"
     )
-    encoded = encode_pair(t, [USER], [ANSWER])
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "to "}, {"type": "text", "text": "town"}]}
+    for completion, said in [([ANSWER], "it ran"), ([ANSWER, parts], "it ran\nto town")]:
+        encoded = encode_pair(t, [USER], completion)
+        assert encoded.mismatch
+        assert t.decode([int(i) for i in encoded.ids], skip_special=False) == f"1the emu?>{said}<|eos|>"
+
+
+def test_an_opening_line_of_the_assistant_is_read_but_not_learned():
+    t = golden("qwen")
+    chat = [ANSWER, USER, {"role": "assistant", "content": "home"}]
+    encoded = encode_messages(t, chat)
+    assert "home" in scored_text(t, encoded)
+    assert "it ran" not in scored_text(t, encoded)
+    assert encoded.ids.tolist() == t.encode_chat(chat, add_generation_prompt=False)
+
+
+def test_a_generation_prompt_that_no_written_turn_begins_with_is_a_mismatch():
+    """Some templates open a thought for generation which they leave out of what was said."""
+    t = byte_tokenizer()
+    t.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}<|eos|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:<think>{% endif %}"
+    )
+    encoded = encode_messages(t, [USER, ANSWER])
     assert encoded.mismatch
-    assert t.decode([int(i) for i in encoded.ids], skip_special=False) == "1the emu?>it ran<|eos|>"
+    assert scored_text(t, encoded) == "it ran<|eos|>"
+    assert t.decode([int(i) for i in encoded.ids], skip_special=False).endswith("assistant:<think>it ran<|eos|>")
+
+
+def test_a_template_without_end_tokens_gets_one_that_is_learned():
+    t = byte_tokenizer()
+    t.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    encoded = encode_messages(t, [USER, ANSWER, MORE, {"role": "assistant", "content": "home"}])
+    assert scored_text(t, encoded) == "it ran\nhome\n<|eos|>"
+
+
+def test_an_end_in_the_prompt_does_not_end_the_completion_and_the_first_of_several_does():
+    t = byte_tokenizer()
+    t.chat_template = "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}<|eos|>{% endif %}{% endfor %}"
+    end = t.eos_ids[0]
+    t.eos_ids = (end, 65)
+    encoded = encode_pair(t, [USER], [{"role": "assistant", "content": ""}])
+    assert list(encoded.ids) == [*t.encode_chat([USER]), end]
+    assert encoded.ids[-2] == end
+    assert np.flatnonzero(encoded.scored).tolist() == [len(encoded.ids) - 1]
 
 
 def test_the_embedded_task_is_learned_from_the_first_equation_on():
@@ -129,6 +175,7 @@ def test_truncation_keeps_one_end_and_never_scores_the_first_token():
     assert end.scored.tolist() == [False] + [True] * 5
     assert truncate(whole, 4).scored.sum() == 0
     assert truncate(whole, 10).ids.tolist() == whole.ids.tolist()
+    assert [truncate(whole._replace(mismatch=m), 6).mismatch for m in (True, False)] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxaroo.jaxlib_ext.token_stats import token_stats
 from jaxaroo.models.decoder import DecoderConfig, Model, init_params, logits
 from jaxaroo.train.data.pipeline import Batch
 from jaxaroo.train.objectives.logprobs import score_targets
@@ -77,6 +78,8 @@ def test_half_precision_computes_in_half_and_scores_in_single():
     params = init_params(cfg, jax.random.key(0))
     scores = score_targets(cfg, params, packed())
     assert (scores.hidden.dtype, scores.logp.dtype) == (jnp.bfloat16, jnp.float32)
+    half = token_stats(scores.hidden.reshape(-1, 16), params["head"].astype(jnp.bfloat16), packed().targets.ravel())
+    np.testing.assert_array_equal(scores.logp.ravel(), half.logp)  # the table too is in half
     exact = score_targets(CFG, params, packed())
     row, place, _ = next(places())
     np.testing.assert_allclose(scores.logp[row, place], exact.logp[row, place], rtol=0, atol=0.05)

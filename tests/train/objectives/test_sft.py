@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxaroo.models.decoder import DecoderConfig, param_shapes
+from jaxaroo.sharding.mesh import MeshConfig, make_mesh
+from jaxaroo.sharding.rules import FSDP_TP
 from jaxaroo.train.data.pipeline import Batch
 from jaxaroo.train.objectives.logprobs import Scores
-from jaxaroo.train.objectives.sft import sft
+from jaxaroo.train.objectives.sft import make_loss, sft
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(2, 5, 7))
@@ -50,3 +53,19 @@ def test_the_gradient_on_logits_is_p_minus_onehot_and_prompts_get_none():
     want = (p - np.eye(7)[TARGETS]) * (MASK * WEIGHT)[..., None] / MASK.sum()
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
     assert not np.asarray(got)[~MASK].any()
+
+
+def test_layout_and_saving_of_memory_reach_the_decoder():
+    """They change no number, so the program is looked at."""
+    cfg = DecoderConfig(vocab_size=7, embed_dim=8, ffn_dim=8, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=4)
+
+    def program(**settings):
+        loss = make_loss(cfg, **settings)
+        with jax.set_mesh(make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])):
+            return str(jax.make_jaxpr(lambda params: loss(params, batch(), None)[0]["nll"].value)(param_shapes(cfg)))
+
+    assert "remat" not in program()
+    assert "remat" in program(remat="full")
+    rows = "spec=P(('data', 'fsdp')"
+    assert rows not in program()
+    assert rows in program(rules=FSDP_TP)
