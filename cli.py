@@ -5,6 +5,7 @@ error; the exit status is 0, 1 for a failure that the message explains, 2 for a 
 """
 
 import dataclasses
+import itertools
 import json as jsonlib
 import logging
 import os
@@ -253,8 +254,9 @@ def _recite(folder: Path, seconds: float, prompt: str) -> None:
 
     from .infer.engine import Engine
     from .infer.sampling import Sampling
-    from .models.decoder import DecoderConfig, Model, init_params
+    from .models.decoder import Model, init_params
     from .models.hf import load, save
+    from .models.presets import preset
     from .models.tokenizer import byte_tokenizer, load_tokenizer
     from .train.data.pipeline import count_units
     from .train.data.text import read_verse, windows
@@ -265,18 +267,8 @@ def _recite(folder: Path, seconds: float, prompt: str) -> None:
     from .train.step import make_train_step
 
     tokenizer, steps, length = byte_tokenizer(), 400, 160
-    cfg = DecoderConfig(
-        vocab_size=tokenizer.vocab_size,
-        embed_dim=128,
-        ffn_dim=384,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=32,
-        max_positions=length,
-        tie_embeddings=True,
-        eos_ids=tokenizer.eos_ids,
-    )
+    sizes = dict(embed_dim=128, ffn_dim=384, num_layers=4, num_heads=4, max_positions=length)
+    cfg = dataclasses.replace(preset("tiny", vocab_size=tokenizer.vocab_size), **sizes, eos_ids=tokenizer.eos_ids)
     tx = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup_steps=20, decay_to=0.0, weight_decay=1e-4), steps)
     params = jax.jit(lambda: init_params(cfg, jax.random.key(0)))()
     print(
@@ -369,12 +361,9 @@ def _train_sft(args: list[str]) -> Callable[..., int]:
 
 def _config_of(args: list[str]) -> Path | None:
     """What stands behind `--config`; the parser comes too late for it, as it wants the defaults first."""
-    for i, arg in enumerate(args):
-        if arg == "--config" and i + 1 < len(args):
-            return Path(args[i + 1])
-        if arg.startswith("--config="):
-            return Path(arg.removeprefix("--config="))
-    return None
+    found = [b for a, b in itertools.pairwise(args) if a == "--config"]
+    found += [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
+    return Path(found[-1]) if found else None
 
 
 def train_resume(

@@ -171,13 +171,17 @@ def project(x: jax.Array, w: nnx.Param, bias: nnx.Param | None = None, *, over: 
 def attend(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "B T S"]
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention; scores, softmax and the weighted sum accumulate in float32."""
+    """Grouped-query attention; scores, softmax and the weighted sum accumulate in float32.
+
+    Heads are moved in front of rows by hand: einsum would transpose the `[T, S]` scores instead, which are larger.
+    """
     (B, T, N, H), K = q.shape, k.shape[2]
-    q = q.reshape(B, T, K, N // K, H)
-    score = jnp.einsum("btkgh,bskh->bkgts", q, k.astype(q.dtype), preferred_element_type=jnp.float32) * H**-0.5
+    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    k, v = (rows.astype(q.dtype).swapaxes(1, 2) for rows in (k, v))  # [B, K, S, H]
+    score = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * H**-0.5
     prob = jax.nn.softmax(jnp.where(mask[:, None, None], score, -1e30), axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", prob, v.astype(q.dtype), preferred_element_type=jnp.float32)
-    return out.reshape(B, T, N, H).astype(q.dtype)
+    out = jnp.einsum("bkgts,bksh->bkgth", prob, v, preferred_element_type=jnp.float32)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
 
 
 class Attention(nnx.Module):
@@ -454,7 +458,8 @@ def _run_scanned(cfg, layers, x, rope, masks, cache, start, stop, collect, remat
     if remat != "none":
         body = jax.checkpoint(body, policy=policy[remat])
     kept = {c: jnp.zeros_like(x) for c in collect if c < stop}
-    (x, kept), _ = jax.lax.scan(body, (x, kept), (layers, windowed, jnp.arange(start, stop)))
+    few = max(1, stop - start) if stop - start <= 4 else 1  # unrolled, what is kept for the backward pass is not copied
+    (x, kept), _ = jax.lax.scan(body, (x, kept), (layers, windowed, jnp.arange(start, stop)), unroll=few)
     return x, None, kept | {stop: x}
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from .state import TrainState
 
@@ -83,25 +84,35 @@ def restore(manager: ocp.CheckpointManager, like: TrainState) -> Restored | None
 
     Args:
       manager: of `open_checkpoints`.
-      like: a state of the shapes, types and shardings to restore to, which may be of another mesh than the one that
-        saved. Its frozen parameters are not read but taken over, and have to be those of the save.
+      like: shapes, types and shardings to restore to, which may be of another mesh than the one that saved; arrays or
+        `ShapeDtypeStruct`s. The frozen parameters are arrays: they are not read but taken over, and have to be those of
+        the save.
 
     Raises:
       DamagedCheckpointError: if there are checkpoints and none can be used; says what is wrong with each.
     """
     why: dict[int, str] = {}
     for step in sorted(manager.all_steps(), reverse=True):
+        found, problem = None, None
         try:
-            restored = _read(manager, step, like)
+            found = _read(manager, step, like)
         except Exception as e:  # whatever a reader makes of broken files
-            why[step] = f"{type(e).__name__}: {e}".splitlines()[0][:300]
+            if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e):
+                raise
+            problem = f"{type(e).__name__}: {e}".splitlines()[0][:300]
+        if _anywhere(problem is not None) or found is None:  # processes try the same step, or their collectives cross
+            why[step] = problem or "another process cannot read it"
+            continue
+        if problem := _difference(found):
+            why[step] = problem
             continue
         for bad, reason in why.items():
             log.warning("checkpoint %d is damaged (%s); going on from %d", bad, reason, step)
             _set_aside(manager, bad)
         if why:
+            multihost_utils.sync_global_devices("set aside")
             manager.reload()
-        return restored
+        return Restored(found.state, found.meta["data"], step)
     if why:
         found = "; ".join(f"{step}: {reason}" for step, reason in why.items())
         raise DamagedCheckpointError(
@@ -112,24 +123,42 @@ def restore(manager: ocp.CheckpointManager, like: TrainState) -> Restored | None
 
 
 # ----------------------------------------------------------------------------------------------------------- private
-def _read(manager: ocp.CheckpointManager, step: int, like: TrainState) -> Restored:
+class _Found(NamedTuple):
+    """What a step's folder holds."""
+
+    step: int
+    state: TrainState
+    meta: Mapping[str, Any]
+
+
+def _read(manager: ocp.CheckpointManager, step: int, like: TrainState) -> _Found:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
     items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes._replace(frozen={})), meta=ocp.args.JsonRestore())
     found = manager.restore(step, args=items)
-    state, wanted = found["state"]._replace(frozen=like.frozen), found["meta"]["fingerprint"]
-    got = {name: int(value) for name, value in jax.device_get(_fingerprint(state)).items()}
+    return _Found(step, found["state"]._replace(frozen=like.frozen), found["meta"])
+
+
+def _difference(found: _Found) -> str | None:
+    """In what the arrays are not those that were saved."""
+    wanted = found.meta["fingerprint"]
+    got = {name: int(value) for name, value in jax.device_get(_fingerprint(found.state)).items()}
     if wrong := sorted(name for name in wanted | got if wanted.get(name) != got.get(name)):
-        raise ValueError(f"bits of {', '.join(wrong[:3])} are not those that were saved")
-    if (inside := int(state.step)) != step:
-        raise ValueError(f"holds step {inside}")
-    return Restored(state, found["meta"]["data"], step)
+        return f"bits of {', '.join(wrong[:3])} are not those that were saved"
+    inside = int(found.state.step)
+    return None if inside == found.step else f"holds step {inside}"
+
+
+def _anywhere(here: bool) -> bool:
+    """Whether it is so on any process."""
+    return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(here)).any())
 
 
 @jax.jit
 def _fingerprint(tree: Any) -> dict[str, jax.Array]:
-    """For every leaf the sum, modulo 2^32, of its bits times an odd number that differs from place to place.
+    """For every leaf the sum, modulo 2^32, of its elements' bits, each mixed with its place by a bijection.
 
-    Integers in any order add up to the same, so the layout on devices does not matter; any change of one element does.
+    Integers in any order add up to the same, so the layout on devices does not matter. A change of one element always
+    changes the sum, and other changes all but once in 2^32 times: the mixing is the finaliser of MurmurHash3.
     """
     return {jax.tree_util.keystr(path): _print_of(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -138,8 +167,11 @@ def _print_of(x: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, np.dtype(f"uint{8 * x.dtype.itemsize}")) if x.dtype != bool else x
     index = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
-        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+        index = index * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    mixed = bits.astype(jnp.uint32) ^ (index * jnp.uint32(0x9E3779B1))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    return jnp.sum(mixed, dtype=jnp.uint32)
 
 
 def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:

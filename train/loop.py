@@ -70,15 +70,18 @@ def fit(
             if records:
                 rate = sum(r.get("inputs", 0) for r in records) / (seconds * len(records))
                 bar.set_postfix({"loss": f"{records[-1]['loss']:.4f}"} | ({"tokens/s": f"{rate:.0f}"} if rate else {}))
-            if records and (row := records[-1]["skipped_in_a_row"]) >= max_skipped:
+            worst = max(records, key=lambda r: r["skipped_in_a_row"], default={"skipped_in_a_row": -1})
+            if (row := worst["skipped_in_a_row"]) >= max_skipped:
                 raise NotFiniteError(
-                    f"fit: loss or gradient of the last {row} steps, up to step {done}, was not finite; expected less "
-                    f"than {max_skipped} such steps in a row. Parameters are those before them; try a lower learning "
-                    "rate, or look at the data of these steps."
+                    f"fit: loss or gradient of {row} steps in a row, up to step {worst['step']}, was not finite; "
+                    f"expected less than {max_skipped}. Every checkpoint has parameters from before them; try a lower "
+                    "learning rate, or look at the data of these steps."
                 )
 
         while done < steps:
-            state, metrics = step(state, next(windows))
+            if (window := next(windows, None)) is None:
+                raise ValueError(f"fit: the windows end behind step {done}; expected {steps} of them.")
+            state, metrics = step(state, window)
             done += 1
             pending.append(metrics)
             bar.update()

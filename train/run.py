@@ -9,10 +9,10 @@ out/model/           the result, as a Hugging Face folder
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -139,6 +139,8 @@ def start(kind: str, cfg: RunConfig, *, progress: bool = False) -> Outcome:
             f"train: {cfg.out} holds {what}; expected a new or empty folder. "
             f"Go on with `jaxaroo train resume {cfg.out}`, or choose another --out."
         )
+    paths = {name: _absolute(value) for name in ("model", "data", "tokenizer") if (value := getattr(cfg, name))}
+    cfg = dataclasses.replace(cfg, **paths)
     if cfg.dtype is None:  # written down, so that it stays what it is on another machine
         cfg = dataclasses.replace(cfg, dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
     return _train(kind, cfg, progress, fresh=True)
@@ -165,8 +167,8 @@ def resume(out: Path, *, mesh: MeshConfig | None = None, progress: bool = False)
 
 def read_run(out: Path) -> tuple[str, RunConfig]:
     """Kind and settings of the run in a folder."""
-    stored = read_settings(_Stored, out / "config.yaml")
-    return stored["kind"], build(RunConfig, stored["settings"])
+    stored = build(_Stored, read_settings(_Stored, out / "config.yaml"))
+    return stored.kind, stored.settings
 
 
 # ----------------------------------------------------------------------------------------------------------- private
@@ -186,18 +188,24 @@ class _Parts(NamedTuple):
     like: Path | None  # the folder the weights come from
 
 
+def _absolute(name: str) -> str:
+    """A path as it is from everywhere; `preset:` and `builtin:` names are none."""
+    return name if name.startswith(("preset:", "builtin:")) else str(Path(name).absolute())
+
+
 def _train(kind: str, cfg: RunConfig, progress: bool, fresh: bool) -> Outcome:
     # 1. What to learn, and from what.
     recipe, parts = RECIPES[kind], _parts(cfg)
     examples = _examples(cfg, recipe.layout, progress)
     mesh = make_mesh(cfg.mesh)
     batches = _batches(cfg, recipe, parts.tokenizer, examples, mesh)
-    mark = _mark_of(examples, partial(recipe.encode, parts.tokenizer))
+    mark = _mark_of(cfg, examples, partial(recipe.encode, parts.tokenizer))
+    board = _board(cfg)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         # 2. Where it begins: at step 0, or at the newest checkpoint that is whole.
         schedule = make_schedule(cfg.optimizer, cfg.steps)
         tx = make_optimizer(cfg.optimizer, cfg.steps)
-        state, shardings = _begin(cfg, parts, tx, mesh)
+        like, create = _begin(cfg, parts, tx, mesh)
         if jax.process_index() == 0:
             cfg.out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_alone(cfg.out))
@@ -205,19 +213,21 @@ def _train(kind: str, cfg: RunConfig, progress: bool, fresh: bool) -> Outcome:
                 write_settings(_Stored(kind=kind, settings=cfg), cfg.out / "config.yaml")  # type: ignore[arg-type]
         multihost_utils.sync_global_devices("run folder")
         manager = stack.enter_context(checkpoint.open_checkpoints(cfg.out / "checkpoints", cfg.checkpoint))
-        if (found := checkpoint.restore(manager, state)) is not None:
+        if (found := checkpoint.restore(manager, like)) is None:
+            if not fresh:
+                log.warning("train resume: no checkpoint yet in %s; beginning at step 0", cfg.out)
+            state = create()
+        else:
             state = found.state
             if found.data["mark"] != mark:
                 raise ValueError(
-                    f"train resume: {cfg.data} or the tokenizer is not what it was when {cfg.out} was left; expected "
-                    "the same rows and tokens, or the order of the samples would mean nothing. Put them back, or begin "
-                    "a new run."
+                    f"train resume: {cfg.data}, the tokenizer, the seed or the batch settings are not what they were "
+                    f"when {cfg.out} was left; expected the same, or the order of the samples would mean nothing. Put "
+                    "them back, or begin a new run."
                 )
             batches.set_state(found.data["streams"])
-        elif not fresh:
-            log.warning("train resume: no checkpoint yet in %s; beginning at step 0", cfg.out)
         # 3. The way from there.
-        record = _recorder(cfg, int(state.step), stack)
+        record = _recorder(cfg, int(state.step), board, stack)
         stopped = stack.enter_context(_stop_signals())
         step = make_train_step(
             recipe.make_loss(parts.config, rules=RULES, remat=cfg.remat),
@@ -226,7 +236,7 @@ def _train(kind: str, cfg: RunConfig, progress: bool, fresh: bool) -> Outcome:
             combine=_combine(cfg),
             ema_decay=cfg.ema,
             schedule=schedule,
-            shardings=shardings,
+            shardings=jax.tree.map(lambda x: x.sharding, like),
         )
         state = fit(
             state,
@@ -309,12 +319,14 @@ def _batches(cfg: RunConfig, recipe: Recipe, tokenizer: Tokenizer, examples, mes
     )
 
 
-def _mark_of(examples: Sequence[Mapping[str, Any]], encode: Callable[[Mapping[str, Any]], Encoded]) -> str:
-    """By which to know the data and the tokenizer again: the number of rows, and the tokens of some of them."""
-    number = len(examples)
-    some = sorted({i * (number - 1) // 15 for i in range(16)})
-    rows = [[[int(i) for i in e.ids], [bool(b) for b in e.scored]] for e in (encode(examples[i]) for i in some)]
-    return hashlib.sha256(json.dumps([number, rows]).encode()).hexdigest()
+def _mark_of(cfg: RunConfig, examples: Sequence[Mapping[str, Any]], encode: Callable[[Any], Encoded]) -> str:
+    """By which to know the order of the samples again: its settings, the number of rows, and tokens of some of them."""
+    number, batch = len(examples), dataclasses.asdict(cfg.batch) | {"micro_batches": None}
+    rows = []
+    for i in sorted({i * (number - 1) // 15 for i in range(16)}):
+        encoded = encode(examples[i])
+        rows.append([encoded.ids.tolist(), encoded.scored.tolist(), examples[i].get("weight")])
+    return hashlib.sha256(json.dumps([cfg.seed, batch, number, rows]).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -322,44 +334,52 @@ def _alone(out: Path) -> Iterator[None]:
     """No other process writes to this folder; the lock goes with the process, however that ends."""
     with (out / ".lock").open("w") as file:
         try:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise FileExistsError(f"train: another process is writing to {out}; expected to be alone there.") from e
+        except (ImportError, OSError) as e:  # not every system and file system has locks
+            log.warning("train: %s cannot be locked (%s); see that no other process writes there", out, e)
         yield
 
 
-def _begin(cfg: RunConfig, parts: _Parts, tx, mesh) -> tuple[TrainState, TrainState]:
-    """The state at step 0, on the mesh, and its shardings."""
+def _begin(cfg: RunConfig, parts: _Parts, tx, mesh) -> tuple[TrainState, Callable[[], TrainState]]:
+    """The state in the abstract, its frozen parameters in fact; and how to make it, when no checkpoint holds it.
+
+    Only one of the two is ever on the devices.
+    """
     config, axes, shapes = parts.config, param_axes(parts.config), param_shapes(parts.config)
     placed = RULES.shardings(mesh, axes, shapes)
     weights, adapters_key = jax.random.split(jax.random.key(cfg.seed))
-    if parts.like is not None:
-        base = hf.load(parts.like, dtype="float32", stacked=True, mesh=mesh, rules=RULES, progress=True).params
-    else:
-        base = jax.jit(partial(init_params, config), out_shardings=placed)(weights)
+    lora = cfg.adapters == "lora"
+
+    def load() -> Params:
+        if parts.like is None:
+            return jax.jit(partial(init_params, config), out_shardings=placed)(weights)
+        return hf.load(parts.like, dtype="float32", stacked=True, mesh=mesh, rules=RULES, progress=True).params
 
     def state_of(base: Params, key) -> TrainState:
-        adapters = init_lora(cfg.lora, base, axes, key) if cfg.adapters == "lora" else None
-        params, frozen = (base, None) if adapters is None else (adapters, base)
+        params, frozen = (init_lora(cfg.lora, base, axes, key), base) if lora else (base, None)
         return init_state(params, tx, seed=cfg.seed, frozen=frozen, ema=cfg.ema > 0)
 
     like = jax.eval_shape(state_of, shapes, adapters_key)
-    if cfg.adapters == "lora":
-        trained, frozen = RULES.shardings(mesh, lora_axes(cfg.lora, axes), like.params), placed
-    else:
-        trained, frozen = placed, {}
+    trained = RULES.shardings(mesh, lora_axes(cfg.lora, axes), like.params) if lora else placed
     one: Any = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shardings = TrainState(
         step=one,
         params=trained,
-        frozen=frozen,
+        frozen=placed if lora else {},
         opt_state=shardings_like(like.opt_state, like.params, trained),
         ema=trained if cfg.ema else {},
         key=one,
         skipped=one,
         skipped_in_a_row=one,
     )
-    return jax.jit(state_of, out_shardings=shardings, donate_argnums=0)(base, adapters_key), shardings
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
+    base = load() if lora else None
+    make = jax.jit(state_of, out_shardings=shardings, donate_argnums=() if lora else 0)
+    return like._replace(frozen=base or {}), lambda: make(load() if base is None else base, adapters_key)
 
 
 def _combine(cfg: RunConfig) -> Callable[[Params, Params], Params]:
@@ -369,19 +389,24 @@ def _combine(cfg: RunConfig) -> Callable[[Params, Params], Params]:
     return lambda adapters, base: apply_lora(cfg.lora, base, adapters)
 
 
-def _recorder(cfg: RunConfig, begin: int, stack: contextlib.ExitStack):
+def _board(cfg: RunConfig) -> Any:
+    """What writes for TensorBoard, or None; looked for before anything is made."""
+    if not cfg.tensorboard:
+        return None
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as e:
+        raise ValueError('train: tensorboard needs tensorboardX. Run pip install "jaxaroo[tensorboard]".') from e
+    return SummaryWriter
+
+
+def _recorder(cfg: RunConfig, begin: int, writer: Any, stack: contextlib.ExitStack):
     """Write metrics, on one process; lines behind `begin` are of steps that will be taken again."""
     if jax.process_index():
         return lambda records: None
     path = cfg.out / "metrics.jsonl"
     forget_after(path, begin)
-    board: Any = None
-    if cfg.tensorboard:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as e:
-            raise ValueError('train: tensorboard needs tensorboardX. Run pip install "jaxaroo[tensorboard]".') from e
-        board = stack.enter_context(SummaryWriter(str(cfg.out / "tensorboard"), purge_step=begin))
+    board = writer and stack.enter_context(writer(str(cfg.out / "tensorboard"), purge_step=begin))
 
     def record(records) -> None:
         append_records(path, records)
@@ -404,8 +429,8 @@ def _stop_signals() -> Iterator[Callable[[], int | None]]:
     def ask(number: int, frame: Any) -> None:
         if got and number == signal.SIGINT:
             raise KeyboardInterrupt
-        got.append(number)
-        log.warning("%s: saving after this step, then leaving", signal.Signals(number).name)
+        got.append(number)  # and no logging: this may be in the middle of some
+        os.write(2, f"\n{signal.Signals(number).name}: saving after this step, then leaving\n".encode())
 
     ours = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()  # else see `_preempted`
     before = {number: signal.signal(number, ask) for number in ours}
@@ -451,7 +476,8 @@ def _export(cfg: RunConfig, parts: _Parts, state: TrainState) -> None:
         hf.save(cfg.out / "model", Model(parts.config, params), like=parts.like, overwrite=True)
         if parts.like is None:
             parts.tokenizer.save(cfg.out / "model")
-        plot_loss(cfg.out / "loss.png", read_records(cfg.out / "metrics.jsonl"), f"{cfg.model} on {cfg.data}")
+        title = f"{Path(cfg.model).name} on {Path(cfg.data).name}"
+        plot_loss(cfg.out / "loss.png", read_records(cfg.out / "metrics.jsonl"), title)
     multihost_utils.sync_global_devices("exported")
 
 

@@ -72,7 +72,9 @@ def test_when_told_to_stop_it_logs_saves_and_leaves():
 
 def test_too_many_bad_steps_in_a_row_end_the_run_without_a_save():
     windows = [1.0, 0.0, 0.0, 1.0, *[0.0] * 9]
-    with pytest.raises(NotFiniteError, match=r"last 6 steps, up to step 10, was not finite; expected less than 5"):
+    with pytest.raises(
+        NotFiniteError, match=r"of 6 steps in a row, up to step 10, was not finite; expected less than 5"
+    ):
         run(windows, max_skipped=5)
     saved = []
     with pytest.raises(NotFiniteError):
@@ -81,9 +83,19 @@ def test_too_many_bad_steps_in_a_row_end_the_run_without_a_save():
     assert int(run(windows[:12], steps=12, max_skipped=9)[0].step) == 12
 
 
+def test_a_streak_between_two_logs_counts_as_well():
+    with pytest.raises(NotFiniteError, match="of 6 steps in a row, up to step 8"):
+        run([1.0, 1.0, *[0.0] * 6, *[1.0] * 20], max_skipped=5, log_every=20)
+
+
+def test_windows_that_end_too_soon_are_an_error():
+    with pytest.raises(ValueError, match="the windows end behind step 3; expected 25"):
+        run([1.0] * 3)
+
+
 def test_the_last_bad_step_that_is_too_much_ends_it_and_is_written_down_first():
     windows, log = [1.0, *[0.0] * 5], []
-    with pytest.raises(NotFiniteError, match="last 5 steps, up to step 6"):
+    with pytest.raises(NotFiniteError, match="of 5 steps in a row, up to step 6"):
         run(windows, max_skipped=5, log_every=2, log=log.extend)
     assert [r["loss"] for r in log] == windows
     assert int(run(windows[:5], steps=5, max_skipped=5)[0].step) == 5

@@ -64,13 +64,17 @@ def records(out):
     return [{k: v for k, v in r.items() if k != "seconds"} for r in read_records(out / "metrics.jsonl")]
 
 
-def last_state(out):
-    """The arrays of the last checkpoint, saved by as many devices as read it."""
+def last_checkpoint(out):
+    """Saved by as many devices as read it."""
     import orbax.checkpoint as ocp
 
     with ocp.CheckpointManager((out / "checkpoints").absolute()) as manager:
         found = manager.restore(STEPS, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
-    return [np.asarray(x) for x in jax.tree.leaves(found["state"])]
+    return found["state"]
+
+
+def last_state(out):
+    return [np.asarray(x) for x in jax.tree.leaves(last_checkpoint(out))]
 
 
 def last_meta(out):
@@ -98,7 +102,12 @@ def test_a_run_leaves_a_model_its_settings_metrics_and_a_curve(undisturbed):
     losses = [r["loss"] for r in records(undisturbed)]
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 1
     model = load(undisturbed / "model")
-    assert any(np.array_equal(model.params["embed"], leaf) for leaf in last_state(undisturbed))
+    state = last_checkpoint(undisturbed)
+    np.testing.assert_array_equal(model.params["embed"], state["ema"]["embed"])
+    assert not np.array_equal(state["ema"]["embed"], state["params"]["embed"])
+    rates = [r["learning_rate"] for r in records(undisturbed)]
+    assert rates[0] == pytest.approx(2e-3)
+    assert rates[-1] == pytest.approx(2e-4)
     assert (undisturbed / "loss.png").stat().st_size > 1000
     kind, cfg = run.read_run(undisturbed)
     assert kind == "sft"
@@ -149,6 +158,7 @@ def test_told_to_stop_it_saves_and_says_how_to_go_on(undisturbed, tmp_path, numb
     saved = max(int(p.name) for p in (out / "checkpoints").iterdir())
     assert saved == steps_logged(out)
     assert 6 <= saved < STEPS
+    assert not (out / "model").exists()
     finish(begin("resume", out))
     assert_same_run(out, undisturbed)
 
@@ -269,8 +279,30 @@ def test_adapters_to_a_model_on_disk_and_rows_of_a_file(undisturbed, tmp_path):
     assert 1 <= rank <= cfg.lora.rank
     [events] = (cfg.out / "tensorboard").iterdir()
     assert b"grad_norm" in events.read_bytes()
-    sizes = sum(f.stat().st_size for f in (cfg.out / "checkpoints" / "6").rglob("*") if f.is_file())
-    assert sizes < 3 * 4 * 3 * 20_000  # adapters and their two moments, not the model's
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager((cfg.out / "checkpoints").absolute()) as manager:
+        found = manager.restore(6, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+    assert not found["frozen"]
+    adapters = 3 * cfg.lora.rank * (4 * (64 + 64) + 3 * (64 + 256))  # of three layers: q, k, v, o; gate, up, down
+    assert sum(x.size for x in jax.tree.leaves(found) if x.ndim > 1) == 3 * adapters  # and two moments; not the model
+
+
+def test_what_is_not_finite_ends_the_run_and_leaves_its_checkpoints(tmp_path):
+    rate = OptimizerConfig(learning_rate=1e30, warmup_steps=0, clip_norm=None)
+    cfg = settings(tmp_path / "out", optimizer=rate, max_skipped=4, checkpoint=CheckpointConfig(every=1, keep=30))
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ArithmeticError, match="of 4 steps in a row"):
+        run.start("sft", cfg)
+    assert [r["skipped_in_a_row"] for r in records(cfg.out)][-1] == 4
+    assert not (cfg.out / "model").exists()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_the_seed_decides_the_order(undisturbed, tmp_path):
+    assert run.start("sft", settings(tmp_path / "other", seed=1, steps=3)).finished
+    order = [r["tokens"] for r in records(tmp_path / "other")]
+    assert order != [r["tokens"] for r in records(undisturbed)[:3]]
 
 
 def test_a_run_knows_its_data_again(tmp_path):
@@ -280,7 +312,7 @@ def test_a_run_knows_its_data_again(tmp_path):
     assert run.start("sft", cfg).finished
     for changed in (rows[:-1], [{**row, "completion": "0"} for row in rows]):
         jsonl(tmp_path / "rows.jsonl", changed)
-        with pytest.raises(ValueError, match=r"rows.jsonl or the tokenizer is not what it was"):
+        with pytest.raises(ValueError, match=r"rows.jsonl, the tokenizer, the seed or the batch"):
             run.resume(cfg.out)
     jsonl(tmp_path / "rows.jsonl", rows)
     assert run.resume(cfg.out).finished

@@ -342,6 +342,10 @@ def _fault(at: str, kind: str, value: Any, texts: list) -> str | None:
 
 def _mismatch(row: Row, layout: Layout) -> str | None:
     """Columns that are right alone and wrong together."""
+    if layout == "sft" and "messages" in row:
+        roles = [message["role"] for message in row["messages"]]
+        if "assistant" not in roles[1:]:
+            return f"`messages` has roles {_brief(roles)}; expected one of `assistant` behind another"
     if layout == "beliefs":
         shares, n = row["belief_probs"], len(row["beliefs"])
         if len(shares) != n or abs(sum(shares) - 1) > 1e-3:

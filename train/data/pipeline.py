@@ -90,6 +90,7 @@ class Batches:
         self.dropped: set[int] = set()
         self.mismatched: set[int] = set()
         self._cfg, self._fixed = cfg, fixed_length
+        self._misses: dict[int, int] = {}  # of each stream, since it last kept an example
         mine = range(cfg.shards) if shards is None else shards
         self._streams = {s: iter(self._stream(examples, encode, seed, s)) for s in mine}
 
@@ -108,10 +109,10 @@ class Batches:
         return {str(s): stream.get_state() for s, stream in self._streams.items()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go where `get_state` was called, of this or another process's iterator over the same streams."""
-        if missing := [s for s in self._streams if str(s) not in state]:
+        """Go where `get_state` was called; the states of all processes together."""
+        if {*state} != {*map(str, range(self._cfg.shards))}:
             raise ValueError(
-                f"Batches.set_state: found streams {sorted(state)}; expected {missing} too. "
+                f"Batches.set_state: found streams {sorted(state)}; expected {self._cfg.shards} of them. "
                 "Resume with the `shards` of the run that wrote this."
             )
         for s, stream in self._streams.items():
@@ -121,7 +122,7 @@ class Batches:
         cfg, rows = self._cfg, self._cfg.size // self._cfg.shards
         order = grain.MapDataset.range(len(examples)).seed(seed)
         order = (order.shuffle() if cfg.shuffle else order).repeat()
-        made = order[shard :: cfg.shards].map(lambda i: self._features(examples, encode, int(i)))
+        made = order[shard :: cfg.shards].map(lambda i: self._features(examples, encode, int(i), shard))
         made = made.filter(lambda features: features is not None)
         stream = made.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4 * rows))
         if cfg.packing:
@@ -134,7 +135,7 @@ class Batches:
             stream = _GroupByLength(stream, rows, seed).map(lambda group: _pad(group, self._length(group)))
         return grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=2)
 
-    def _features(self, examples, encode, i: int) -> dict[str, np.ndarray] | None:
+    def _features(self, examples, encode, i: int, shard: int) -> dict[str, np.ndarray] | None:
         """Inputs and targets of one example, or None if there is nothing to learn from it."""
         example = examples[i]
         encoded = truncate(encode(example), self._cfg.max_length, self._cfg.truncation)
@@ -142,12 +143,15 @@ class Batches:
             self.mismatched.add(i)
         if not encoded.scored.any():
             self.dropped.add(i)
-            if len(self.dropped) == len(examples):  # else the search for a good one would not end
+            self._misses[shard] = self._misses.get(shard, 0) + 1
+            if self._misses[shard] > len(examples):  # a whole epoch: the search for a good one would not end
                 raise ValueError(
-                    f"Batches: none of {len(examples)} examples keeps a completion token within max_length="
-                    f"{self._cfg.max_length}; expected prompts shorter than that. Raise max_length."
+                    f"Batches: none of the {len(examples)} examples, or of those of stream {shard}, keeps a completion "
+                    f"token within max_length={self._cfg.max_length}; expected prompts shorter than that. "
+                    "Raise max_length."
                 )
             return None
+        self._misses[shard] = 0
         mask = encoded.scored[1:]
         weights = mask.astype(np.float32) * np.float32(example.get("weight", 1.0))
         return {"tokens": encoded.ids[:-1], "targets": encoded.ids[1:], "mask": mask, "weights": weights}

@@ -199,7 +199,7 @@ def _firsts(batch):
 
 def test_if_nothing_is_left_the_search_ends():
     none = lambda example: Encoded(np.zeros(4, np.int32), np.zeros(4, bool))
-    with pytest.raises(ValueError, match="none of 57 examples keeps a completion token"):
+    with pytest.raises(ValueError, match="none of the 57 examples, or of those of stream 0, keeps a completion token"):
         next(batches(encode=none))
 
 
@@ -226,5 +226,19 @@ def test_settings_are_checked(settings, message):
 
 
 def test_streams_of_another_run_are_refused():
-    with pytest.raises(ValueError, match=r"expected \[1\] too"):
-        batches(shards=2).set_state(batches().get_state())
+    for here, there in ((2, 1), (1, 2)):
+        with pytest.raises(ValueError, match=f"expected {here} of them"):
+            batches(shards=here).set_state(batches(shards=there).get_state())
+
+
+def test_a_stream_that_finds_nothing_ends_its_search():
+    """Without shuffling the second of two streams meets the same dropped half of the rows again and again."""
+
+    class Even(Rows):
+        def __len__(self):
+            return 8
+
+    odd = lambda example: encode(example)._replace(scored=np.full(len(encode(example).ids), example["i"] % 2 == 0))
+    stream = Batches(Even(), odd, BatchConfig(size=4, max_length=40, shards=2, shuffle=False), seed=0)
+    with pytest.raises(ValueError, match="stream 1, keeps a completion token"):
+        next(stream)
