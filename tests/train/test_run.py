@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -146,6 +147,13 @@ def test_killed_three_times_it_ends_as_if_it_had_not_been(undisturbed, tmp_path)
     assert steps_logged(out) < STEPS
     finish(begin(*command))
     assert_same_run(out, undisturbed)
+
+
+@pytest.mark.proof
+def test_fifty_kills_at_random_moments():
+    """Writes benchmarks/results/resume-cpu.json; some eight minutes."""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-m", "benchmarks.resume", "--kills", "50"], cwd=root, check=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
