@@ -223,7 +223,7 @@ def info(folder: tyro.conf.Positional[Path], *, json: bool = False) -> int:
 
 # -------------------------------------------------------------------------------------------------------- quick start
 def quickstart(
-    *, out: Path = Path("quickstart-out"), seconds: float = 60.0, steps: int = 600, prompt: str = "There was movement"
+    *, out: Path = Path("quickstart-out"), seconds: float = 60.0, steps: int = 1500, prompt: str = "There was movement"
 ) -> int:
     """Train two tiny models from nothing: one recites poems, one reasons in steps that can be checked.
 
