@@ -58,7 +58,7 @@ def _versions(*names: str) -> dict[str, str]:
 
 def _commit() -> str:
     run = lambda *a: subprocess.run(a, cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
-    dirty = run("git", "status", "--porcelain", "--", ":!benchmarks/results")
+    dirty = run("git", "status", "--porcelain", "--", ":(top,exclude)benchmarks/results")
     return run("git", "rev-parse", "--short", "HEAD") + ("-dirty" if dirty else "")
 
 

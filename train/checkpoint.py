@@ -82,6 +82,9 @@ def save(manager: ocp.CheckpointManager, state: TrainState, data: Mapping[str, A
 def restore(manager: ocp.CheckpointManager, like: TrainState) -> Restored | None:
     """The newest checkpoint that is whole, laid out as `like`; None if there is none at all.
 
+    With several processes, damage that only some of them meet is not recovered from yet: Orbax makes them wait for each
+    other inside its reader. Move the step's folder away by hand then.
+
     Args:
       manager: of `open_checkpoints`.
       like: shapes, types and shardings to restore to, which may be of another mesh than the one that saved; arrays or
