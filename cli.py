@@ -421,7 +421,8 @@ def eval_lm(
 
     Args:
       model: folder of a Hugging Face checkpoint.
-      data: a .txt file, rows of prompts and completions as for training, or builtin:arithmetic (its test problems).
+      data: a .txt file, rows as for training (scored from the first completion token on, so with all that follows in
+        a chat of several turns), or builtin:arithmetic (its test problems).
       window: tokens that the model sees at a time.
       stride: tokens from window to window in longer texts; half a window when not given.
       batch: windows scored together.

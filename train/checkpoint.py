@@ -5,7 +5,9 @@ goes on behind the next steps. Beside the arrays stands a fingerprint of their b
 save began; a checkpoint whose arrays do not have it, or that cannot be read, is set aside and the one before it used.
 """
 
+import contextlib
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,9 +84,6 @@ def save(manager: ocp.CheckpointManager, state: TrainState, data: Mapping[str, A
 def restore(manager: ocp.CheckpointManager, like: TrainState) -> Restored | None:
     """The newest checkpoint that is whole, laid out as `like`; None if there is none at all.
 
-    With several processes, damage that only some of them meet is not recovered from yet: Orbax makes them wait for each
-    other inside its reader. Move the step's folder away by hand then.
-
     Args:
       manager: of `open_checkpoints`.
       like: shapes, types and shardings to restore to, which may be of another mesh than the one that saved; arrays or
@@ -136,9 +135,12 @@ class _Found(NamedTuple):
 
 def _read(manager: ocp.CheckpointManager, step: int, like: TrainState) -> _Found:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes._replace(frozen={})), meta=ocp.args.JsonRestore())
-    found = manager.restore(step, args=items)
-    return _Found(step, found["state"]._replace(frozen=like.frozen), found["meta"])
+    folder = manager.directory / str(step)
+    meta = json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
+    # Not by the manager: it lets processes wait for each other, and one that cannot read its part never comes.
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        state = handler.restore(folder / "state", args=ocp.args.StandardRestore(shapes._replace(frozen={})))
+    return _Found(step, state._replace(frozen=like.frozen), meta)
 
 
 def _difference(found: _Found) -> str | None:

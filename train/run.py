@@ -36,7 +36,7 @@ from .checkpoint import CheckpointConfig
 from .config import build, read_settings, write_settings
 from .data.arithmetic import ArithmeticConfig, ArithmeticExamples, arithmetic_tokenizer
 from .data.formats import Layout, open_examples
-from .data.pipeline import Batch, BatchConfig, Batches, count_units
+from .data.pipeline import BatchConfig, Batches, count_units
 from .data.tokenise import Encoded, encode_sft
 from .loop import fit
 from .metrics import append_records, forget_after, plot_loss, read_records
@@ -479,6 +479,3 @@ def _export(cfg: RunConfig, parts: _Parts, state: TrainState) -> None:
         title = f"{Path(cfg.model).name} on {Path(cfg.data).name}"
         plot_loss(cfg.out / "loss.png", read_records(cfg.out / "metrics.jsonl"), title)
     multihost_utils.sync_global_devices("exported")
-
-
-__all__ = ["ARITHMETIC", "Batch", "Outcome", "RunConfig", "read_run", "resume", "start"]

@@ -234,6 +234,12 @@ def test_two_processes_train_as_one_and_one_goes_on_where_two_were_stopped(tmp_p
         jax.tree.leaves(load(one / "model").params), jax.tree.leaves(load(two / "model").params), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+    theirs = (two / "checkpoints" / str(STEPS) / "state" / "ocdbt.process_1" / "d").iterdir()
+    largest = max(theirs, key=lambda f: f.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])  # which process 0 need not read
+    outputs = finish_both(two_processes("resume", two))
+    assert all(f"checkpoint {STEPS} is damaged" in output and "going on from 20" in output for output in outputs)
+    assert_close_run(two, one)
     stopped = tmp_path / "stopped"
     children = two_processes("sft", *OPTIONS, *shards, *both, "--out", stopped)
     wait_for(children[0], lambda: steps_logged(stopped) >= 6)
