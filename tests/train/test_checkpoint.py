@@ -20,8 +20,6 @@ from jaxaroo.train import checkpoint
 from jaxaroo.train.checkpoint import CheckpointConfig, DamagedCheckpointError, open_checkpoints, restore
 from jaxaroo.train.state import init_state
 
-# Where one array of many cannot be read, the readers of the others report to an event loop that Orbax has closed.
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 CFG = DecoderConfig(
     vocab_size=64, embed_dim=16, ffn_dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, tie_embeddings=True
 )
@@ -132,11 +130,6 @@ def _cut(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-# A reader that gives up leaves coroutines behind, which Python mentions whenever it collects them: here and now.
-abandoned = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine")
-
-
-@abandoned
 @pytest.mark.optimizer
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, caplog, damage):
@@ -156,7 +149,6 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, caplog, 
     gc.collect()
 
 
-@abandoned
 @pytest.mark.optimizer
 def test_what_was_set_aside_before_stays_and_the_step_can_be_saved_again_at_once(tmp_path):
     for _ in range(2):
