@@ -10,7 +10,7 @@ never starts a JAX backend:
   Sampling  how to choose the next token (`infer/sampling.py`)
 
 Everything else is imported from its file: `from jaxaroo.models.decoder import DecoderConfig`. Imports point down only:
-`sharding <- jaxlib_ext <- models <- {train, infer} <- cli.py` (`tests/test_architecture.py` holds it).
+`sharding <- jaxlib_ext <- models <- {train, infer} <- cli` (`tests/test_architecture.py` holds it).
 """
 
 import importlib

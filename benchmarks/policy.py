@@ -49,7 +49,8 @@ def main() -> None:
 
 
 def command(*args: Any) -> str:
-    done = subprocess.run([sys.executable, "-m", "jaxaroo.cli", *map(str, args)], check=True, stdout=subprocess.PIPE)
+    argv = [sys.executable, "-m", "jaxaroo.cli.main", *map(str, args)]
+    done = subprocess.run(argv, check=True, stdout=subprocess.PIPE)
     return done.stdout.decode()
 
 

@@ -72,7 +72,7 @@ def stress(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
 
 def begin(*args: Any) -> subprocess.Popen:
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    command = [sys.executable, "-m", "jaxaroo.cli", "train", *map(str, args)]
+    command = [sys.executable, "-m", "jaxaroo.cli.main", "train", *map(str, args)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -1,8 +1,9 @@
 """From weights and a prompt to text. Never imports `train`.
 
-sampling.py  how to choose the next token
-decode.py    prefill and the plain decoding loop: the oracle of every faster method
-requests.py  what goes into the engine and what comes out
-engine.py    the public Engine
-evaluate.py  right answers, votes and pass@k of an engine; perplexity of a model
+sampling.py   how to choose the next token
+decode.py     prefill and the plain decoding loop: the oracle of every faster method
+requests.py   what goes into the engine and what comes out
+engine.py     the public Engine
+speculative/  several tokens a step, and the same output
+evaluate.py   right answers, votes and pass@k of an engine; perplexity of a model
 """

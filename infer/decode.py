@@ -67,28 +67,56 @@ def prefill(
       mode: which distribution is reported, the model's own or the one sampled from.
       cache_dtype: of keys and values; None is that of the activations.
     """
+    cache, hidden, _ = read_prompt(cfg, params, tokens, rows.prompt_length, chunk=chunk, cache_dtype=cache_dtype)
+    state = begin(cfg, tokens, rows, cache, top_n)
+    return emit(cfg, params, state, rows, hidden, mode)
+
+
+def read_prompt(
+    cfg: DecoderConfig,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    length: Int[Array, " B"],
+    *,
+    chunk: int,
+    cache_dtype: str | None = None,
+    collect: tuple[int, ...] = (),
+) -> tuple[KVCache, Float[Array, "B 1 D"], tuple[Float[Array, "B S D"], ...]]:
+    """Fill a cache with prompts, `chunk` positions at a time.
+
+    Returns:
+      The cache, the last hidden state of each prompt, and the hidden states that `collect` names at all positions.
+    """
     B, S = tokens.shape
     if S % chunk:
         raise ValueError(f"prefill: chunk={chunk} and S={S}; expected a divisor of S.")
-    last = jnp.maximum(rows.prompt_length - 1, 0)
+    last = jnp.maximum(length - 1, 0)
 
-    def read(carry: tuple[jax.Array, KVCache, jax.Array]):
-        i, cache, hidden = carry
+    def read(carry: tuple[jax.Array, KVCache, jax.Array, tuple[jax.Array, ...]]):
+        i, cache, hidden, kept = carry
         start = i * chunk
         part = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
         positions = jnp.broadcast_to(start + jnp.arange(chunk)[None], (B, chunk))
-        out = forward(cfg, params, part, positions, cache=cache._replace(length=jnp.full(B, start, jnp.int32)))
+        committed = cache._replace(length=jnp.full(B, start, jnp.int32))
+        out = forward(cfg, params, part, positions, cache=committed, collect=collect)
         here = jnp.clip(last - start, 0, chunk - 1)
         row_hidden = jnp.take_along_axis(out.hidden, here[:, None, None], axis=1)
         hidden = jnp.where((last // chunk == i)[:, None, None], row_hidden, hidden)
+        put = lambda all_, new: jax.lax.dynamic_update_slice_in_dim(all_, new, start, axis=1)
         assert out.cache is not None
-        return i + 1, out.cache, hidden
+        return i + 1, out.cache, hidden, tuple(map(put, kept, out.collected))
 
     empty = new_cache(cfg, B, S, cache_dtype)
     hidden = jnp.zeros((B, 1, cfg.embed_dim), cfg.dtype)
-    chunks = (jnp.max(rows.prompt_length) + chunk - 1) // chunk
-    _, cache, hidden = jax.lax.while_loop(lambda c: c[0] < chunks, read, (jnp.int32(0), empty, hidden))
+    kept = tuple(jnp.zeros((B, S, cfg.embed_dim), cfg.dtype) for _ in collect)
+    chunks = (jnp.max(length) + chunk - 1) // chunk
+    _, cache, hidden, kept = jax.lax.while_loop(lambda c: c[0] < chunks, read, (jnp.int32(0), empty, hidden, kept))
+    return cache._replace(length=length), hidden, kept
 
+
+def begin(cfg: DecoderConfig, tokens: Int[Array, "B S"], rows: Rows, cache: KVCache, top_n: int) -> DecodeState:
+    """The state of prompts that have been read, before their first token is sampled."""
+    B, S = tokens.shape
     in_prompt = jnp.arange(S)[None] < rows.prompt_length[:, None]
     row = jnp.arange(B)[:, None]
     seen = (
@@ -97,15 +125,14 @@ def prefill(
         .set(True, mode="drop")
     )
     n = min(top_n, cfg.vocab_size)
-    state = DecodeState(
+    return DecodeState(
         tokens=tokens,
         filled=rows.prompt_length,
         status=jnp.where(rows.limit > rows.prompt_length, RUNNING, FULL).astype(jnp.int32),  # never weakly typed
         scores=TokenScores(jnp.zeros((B, S)), jnp.zeros((B, S, n), jnp.int32), jnp.zeros((B, S, n))),
         counts=Counts(seen, jnp.zeros((B, cfg.vocab_size), jnp.int32)),
-        cache=cache._replace(length=rows.prompt_length),
+        cache=cache,
     )
-    return _emit(cfg, params, state, rows, hidden, mode)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "mode"), donate_argnames=("state",))
@@ -137,7 +164,7 @@ def decode(
         assert out.cache is not None
         length = state.cache.length + (state.status == RUNNING).astype(jnp.int32)
         state = state._replace(cache=out.cache._replace(length=length))
-        return i + 1, _emit(cfg, params, state, rows, out.hidden, mode)
+        return i + 1, emit(cfg, params, state, rows, out.hidden, mode)
 
     return jax.lax.while_loop(running, step, (jnp.int32(0), state._replace(status=status)))[1]
 
@@ -172,26 +199,39 @@ def score_prompt(
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B, T, *a.shape[3:]), tiles)
 
 
-# ----------------------------------------------------------------------------------------------------------- private
-def _emit(
-    cfg: DecoderConfig,
-    params: Params,
+def finite_or_zero(z: Float[Array, "B V"]) -> tuple[Float[Array, "B V"], Bool[Array, " B"]]:
+    """Logits, zeroed in the rows that hold NaN or infinity, and which rows hold none."""
+    finite = jnp.isfinite(jnp.max(z, axis=-1))  # a NaN anywhere makes the maximum NaN
+    return jnp.where(finite[:, None], z, 0.0), finite
+
+
+def record(
     state: DecodeState,
     rows: Rows,
-    hidden: Float[Array, "B 1 D"],
+    token: Int[Array, " B"],
+    z: Float[Array, "B V"],
+    warped: Float[Array, "B V"],
+    finite: Bool[Array, " B"],
+    going: Bool[Array, " B"],
     mode: LogprobsMode,
 ) -> DecodeState:
-    """Sample the token at position `filled` of every running row, and see whether the row ends with it."""
-    z = lm_head(cfg, params, hidden)[:, 0]
-    finite = jnp.isfinite(jnp.max(z, axis=-1))  # a NaN anywhere makes the maximum NaN
-    z = jnp.where(finite[:, None], z, 0.0)
-    warped = warp(z, rows.sampling, state.counts)
-    token = choose(warped, rows.sampling, state.filled)
-    scores = score_tokens(warped if mode == "processed" else z, token, state.scores.top.shape[-1])
+    """Write the token at position `filled` of every row that is `going`, and see whether the row ends with it.
 
-    running = state.status == RUNNING
-    live = running & finite
+    Args:
+      state: where the rows stand.
+      rows: what they were asked for.
+      token: what was chosen.
+      z: the model's logits behind it.
+      warped: the logits it was chosen by.
+      finite: rows of finite logits; the others end as INVALID, without a token.
+      going: rows that write now; the rest stay as they are.
+      mode: which distribution is reported.
+    """
+    scores = score_tokens(warped if mode == "processed" else z, token, state.scores.top.shape[-1])
+    going = going & (state.status == RUNNING)
+    live = going & finite
     B, S = state.tokens.shape
+    V = z.shape[-1]
     row, at = jnp.arange(B), jnp.where(live, state.filled, S)  # rows that do not run write nothing
     filled = state.filled + live.astype(jnp.int32)
     ended = jnp.any(token[:, None] == rows.stop_ids, axis=-1)
@@ -200,9 +240,24 @@ def _emit(
     return state._replace(
         tokens=put(state.tokens, token),
         filled=filled,
-        status=jnp.where(running, jnp.where(finite, status, INVALID), state.status),
+        status=jnp.where(going, jnp.where(finite, status, INVALID), state.status),
         scores=jax.tree.map(put, state.scores, scores),
         counts=state.counts._replace(
-            in_answer=state.counts.in_answer.at[row, jnp.where(live, token, cfg.vocab_size)].add(1, mode="drop")
+            in_answer=state.counts.in_answer.at[row, jnp.where(live, token, V)].add(1, mode="drop")
         ),
     )
+
+
+def emit(
+    cfg: DecoderConfig,
+    params: Params,
+    state: DecodeState,
+    rows: Rows,
+    hidden: Float[Array, "B 1 D"],
+    mode: LogprobsMode,
+) -> DecodeState:
+    """Sample the token at position `filled` of every running row from its last hidden state."""
+    z, finite = finite_or_zero(lm_head(cfg, params, hidden)[:, 0])
+    warped = warp(z, rows.sampling, state.counts)
+    token = choose(warped, rows.sampling, state.filled)
+    return record(state, rows, token, z, warped, finite, state.status == RUNNING, mode)

@@ -38,13 +38,20 @@ from .requests import (
     split_prompts,
 )
 from .sampling import MAX_LOGPROBS, Sampling, pack_sampling
+from .speculative import loop
+from .speculative.loop import Speculation
 
 log = logging.getLogger(__name__)
 
 # Tokens per device call: how late a stop string, an abort or, while prompts wait, a free slot may be noticed.
 CHUNK, BUSY_CHUNK, STREAM_CHUNK = 32, 8, 4
+TOKENS_A_STEP = 4  # of speculative decoding, about: a call takes this many times fewer steps
 PREFILL_CHUNKS = 16, 64, 256  # positions per forward pass, by the longest prompt
 MIN_CAPACITY = 64
+_COUNTERS = (
+    *("requests", "failed_requests", "prompt_tokens", "generated_tokens", "invalid_rows", "device_calls"),
+    *("steps", "drafted_tokens", "accepted_tokens"),  # of speculative decoding
+)
 
 
 class _Slot(NamedTuple):
@@ -73,6 +80,7 @@ class Engine:
         kv_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         logprobs_mode: device.LogprobsMode = "raw",
         seed: int = 0,
+        speculation: Speculation | None = None,
     ):
         """Take a model into service.
 
@@ -84,6 +92,11 @@ class Engine:
           kv_dtype: of keys and values; None is that of the activations.
           logprobs_mode: report the model's own distribution, or the one sampled from (policy-gradient training).
           seed: of the stream that seeds requests without a seed of their own.
+          speculation: a drafter and the rule that judges it. Under the rule `coupled` answers are those of plain
+            decoding, token for token.
+
+        Raises:
+          ValueError: for settings out of range, and for a drafter and a rule that would bias the output together.
         """
         if max_len is not None and max_len < 2:
             raise ValueError(f"Engine: max_len={max_len}; expected at least 2, a prompt token and an answer token.")
@@ -91,7 +104,9 @@ class Engine:
             raise ValueError(f"Engine: max_seqs={max_seqs}; expected at least 1.")
         if logprobs_mode not in ("raw", "processed"):
             raise ValueError(f"Engine: logprobs_mode={logprobs_mode!r}; expected 'raw' or 'processed'.")
-        self.config, self.tokenizer = model.config, tokenizer
+        if speculation is not None:
+            loop.check(speculation.drafter, speculation.verifier)
+        self.config, self.tokenizer, self.speculation = model.config, tokenizer, speculation
         self.max_len, self.max_seqs = max_len or model.config.max_positions, max_seqs
         self._params: Params | None = unstack_layers(model.params)
         self._kv_dtype, self._mode = kv_dtype, logprobs_mode
@@ -101,9 +116,8 @@ class Engine:
         self._lock = threading.Lock()
         self._active: set[str] = set()
         self._aborted: set[str] = set()
-        self._stats = dict.fromkeys(
-            ("requests", "failed_requests", "prompt_tokens", "generated_tokens", "invalid_rows", "device_calls"), 0
-        ) | {"prefill_seconds": 0.0, "decode_seconds": 0.0}
+        self._emitted = np.zeros(speculation.drafter.depth + 2 if speculation else 2, np.int64)
+        self._stats = dict.fromkeys(_COUNTERS, 0) | {"prefill_seconds": 0.0, "decode_seconds": 0.0}
 
     # ---------------------------------------------------------------------------------------------------- generation
     @overload
@@ -201,6 +215,10 @@ class Engine:
         """Counters since the engine was made; seconds are of device calls, compilation included."""
         return dict(self._stats)
 
+    def emitted_per_step(self) -> list[int]:
+        """Steps of speculative decoding, in finished answers, that emitted 0, 1, 2, ... tokens."""
+        return self._emitted.tolist()
+
     def close(self) -> None:
         """Let go of the weights; later calls are errors."""
         self.abort()
@@ -285,7 +303,8 @@ class _Call:
         self.began = time.perf_counter()
         self.waiting = deque((r, i) for r in range(len(requests)) for i in range(requests[r].sampling.n))
         total = max(len(r.token_ids) + r.max_tokens for r in requests)
-        self.capacity = _capacity(total)
+        self.drafts = engine.speculation.drafter.nodes if engine.speculation else 0  # slots behind the text
+        self.capacity = _capacity(total + self.drafts)
         self.batch = min(_bucket(len(self.waiting)), engine.max_seqs)
         self.biased = _bucket(max(len(r.sampling.logit_bias) for r in requests), 0)
         self.stops = _bucket(max(len(engine._eos | set(r.sampling.stop_token_ids)) for r in requests), 8)
@@ -311,8 +330,7 @@ class _Call:
                 steps = np.int32(min(self.chunk, BUSY_CHUNK) if self.waiting else self.chunk)
                 with engine._lock:
                     start = time.perf_counter()
-                    state = device.decode(engine.config, self.params, state, rows, halt, steps, mode=engine._mode)
-                    jax.block_until_ready(state.filled)
+                    state = jax.block_until_ready(self._advance(state, rows, halt, steps))
                     engine._stats["decode_seconds"] += time.perf_counter() - start
                 engine._stats["device_calls"] += 1
             yield from self._harvest(state)
@@ -340,21 +358,12 @@ class _Call:
             stop_ids=_int32(stop_ids),
         )
         with engine._lock:
-            new_state = device.prefill(
-                engine.config,
-                self.params,
-                tokens,
-                new_rows,
-                chunk=self._prefill_chunk(longest),
-                top_n=self.top_n,
-                mode=engine._mode,
-                cache_dtype=engine._kv_dtype,
-            )
+            new_state = self._prefill(tokens, new_rows, self._prefill_chunk(longest))
             if state is None:
                 state, rows = new_state, new_rows
             else:
                 state, rows = device.insert(state, rows, new_state, new_rows, _int32(free[:1]))
-            jax.block_until_ready(state.filled)
+            jax.block_until_ready(state)
         spent = time.perf_counter() - start
         engine._stats["prefill_seconds"] += spent
         engine._stats["prompt_tokens"] += sum(len(q.token_ids) for q in requests)
@@ -363,14 +372,34 @@ class _Call:
             self.slots[slot] = _Slot(r, stream, start - self.began, spent, time.perf_counter())
         return state, rows
 
+    def _prefill(self, tokens: np.ndarray, rows: device.Rows, chunk: int):
+        engine, spec = self.engine, self.engine.speculation
+        options: Any = dict(chunk=chunk, top_n=self.top_n, mode=engine._mode, cache_dtype=engine._kv_dtype)
+        if spec is None:
+            return device.prefill(engine.config, self.params, tokens, rows, **options)
+        return loop.prefill(engine.config, self._weights(spec), spec.drafter, tokens, rows, **options)
+
+    def _advance(self, state, rows: device.Rows, halt: np.ndarray, tokens: np.int32):
+        """Let every running row gain about this many tokens."""
+        engine, spec = self.engine, self.engine.speculation
+        if spec is None:
+            return device.decode(engine.config, self.params, state, rows, halt, tokens, mode=engine._mode)
+        steps = np.int32(max(1, tokens // TOKENS_A_STEP))
+        args = self._weights(spec), spec.drafter, spec.verifier, state, rows, halt, steps
+        return loop.decode(engine.config, *args, mode=engine._mode)
+
+    def _weights(self, spec: Speculation) -> loop.Weights:
+        return loop.Weights(self.params, spec.drafter_params, spec.verifier_params)
+
     def _prefill_chunk(self, longest: int) -> int:
         """The smallest chunk that takes the longest prompt at once, else the largest that divides the capacity."""
         fitting = [c for c in PREFILL_CHUNKS if self.capacity % c == 0]
         return next((c for c in fitting if c >= longest), fitting[-1])
 
-    def _harvest(self, state: device.DecodeState) -> Iterator[Delta]:
+    def _harvest(self, state: device.DecodeState | loop.SpeculativeState) -> Iterator[Delta]:
         """Read what the device wrote, end rows that are done, free their slots."""
-        tokens, filled, status, scores = jax.device_get((state.tokens, state.filled, state.status, state.scores))
+        at, tally = (state, None) if isinstance(state, device.DecodeState) else (state.rows, state.tally)
+        tokens, filled, status, scores, tally = jax.device_get((at.tokens, at.filled, at.status, at.scores, tally))
         ended: dict[int, FinishReason | None] = {
             device.RUNNING: None,
             device.STOPPED: "stop",
@@ -391,6 +420,8 @@ class _Call:
             delta = stream.push(tokens[row, begin : filled[row]].tolist(), reason)
             if delta.finish_reason is not None:
                 self._finish(row, slot, scores)
+                if tally is not None:
+                    self._count(tally.emitted[row], tally.drafted[row])
                 delta = dataclasses.replace(delta, result=self._result(slot.request))
             if delta.token_ids or delta.text or delta.finish_reason:
                 yield delta
@@ -419,6 +450,13 @@ class _Call:
         self.answers[slot.request][stream.index] = (answer, timings)
         self.engine._stats["generated_tokens"] += len(stream.token_ids)
         self.slots[row] = None
+
+    def _count(self, emitted: np.ndarray, drafted: np.ndarray) -> None:
+        steps = int(emitted.sum())
+        self.engine._emitted += emitted
+        self.engine._stats["steps"] += steps
+        self.engine._stats["drafted_tokens"] += int(drafted)
+        self.engine._stats["accepted_tokens"] += int(emitted @ np.arange(len(emitted))) - steps
 
     def _result(self, r: int) -> Result | None:
         """The request's result, once all its samples have ended."""

@@ -5,5 +5,11 @@ cache.py        the key-value cache: data that goes in and comes out of a forwar
 safetensors.py  read and write the safetensors format
 hf_config.py    config.json of Hugging Face, into a DecoderConfig and back
 hf.py           Hugging Face checkpoint folders: import, export, and the checks on the way
+lora.py         low-rank adapters, as a transform of the parameters
+presets.py      the sizes of known models
+eagle.py        EAGLE's drafter
+jakiro.py       Jakiro's: two experts
+kangaroo.py     Kangaroo's: an adapter on the first layers
+checkpoint.py   folders of small networks that stand beside a target
 tokenizer.py    text to tokens and back, and chat templates
 """

@@ -53,3 +53,19 @@ def write_rows(
     slot = length[:, None] + jnp.arange(T)[None]
     put = lambda old, new: old.at[row, slot].set(new.astype(old.dtype), mode="drop", unique_indices=True)
     return LayerCache(put(cache.k, k), put(cache.v, v))
+
+
+def keep_path(cache: KVCache, path: Int[Array, "B C"]) -> KVCache:
+    """Move the rows `length + path` to `length ..`, for every layer; `length` stays.
+
+    What a tree of guesses wrote behind the committed rows becomes the rows of the one path that was right. All rows
+    are read before one is written, so paths may overlap the places they move to. Keys keep their rotation: a node's
+    position is its depth, which is where it goes.
+    """
+    B, C = path.shape
+    row = jnp.arange(B)[:, None]
+    source, target = cache.length[:, None] + path, cache.length[:, None] + jnp.arange(C)[None]
+    move = lambda all_: all_.at[row, target].set(
+        all_.at[row, source].get(mode="clip"), mode="drop", unique_indices=True
+    )
+    return cache._replace(layers=jax.tree.map(move, cache.layers))

@@ -132,7 +132,7 @@ def test_the_tree_obeys(rule):
         (floors, "models/b.py", "from ... import load"),
         (floors, "train/c.py", "from ..infer.d import x"),
         (floors, "infer/d.py", "from ..train import c"),
-        (floors, "infer/d.py", "from ..cli import main"),
+        (floors, "infer/d.py", "from ..cli.main import main"),
         (floors, "infer/d.py", "from jaxaroo.models.b import x"),
         (floors, "infer/d.py", "import models.b"),
         (floors, "train/c.py", "import importlib\nimportlib.import_module('jaxaroo.infer.d')"),
@@ -156,7 +156,7 @@ def test_the_tree_obeys(rule):
     ],
 )
 def test_every_rule_sees_its_fault(rule, file, text, tmp_path):
-    names = ["jaxaroo", *(f"jaxaroo.{n}" for n in ["sharding", "models", "train", "train.objectives", "infer"])]
+    names = ["jaxaroo", *(f"jaxaroo.{n}" for n in ["sharding", "models", "train", "train.objectives", "infer", "cli"])]
     tree = {f"{n}.__init__".replace("jaxaroo.", "").replace(".", "/") + ".py": "'Doc.'" for n in names}
     tree |= {
         "pyproject.toml": f"[tool.setuptools]\npackages = {names}",
@@ -165,7 +165,8 @@ def test_every_rule_sees_its_fault(rule, file, text, tmp_path):
         "tests/models/test_b.py": "import torch\nimport jaxaroo.models.b\ndef test_b(): pass",
         "train/objectives/dpo.py": "from ...models import b\nfrom .. import state",
         "infer/doubleround.py": "from ..models.b import x",
-        "cli.py": "from .train.state import f\nfrom .infer.doubleround import g\nfrom . import __version__",
+        "cli/__init__.py": "'Doc.'",
+        "cli/main.py": "from ..train.state import f\nfrom ..infer.doubleround import g\nfrom .. import __version__",
     }
     for change in ({}, {file: text}):
         for name, content in (tree | change).items():

@@ -25,6 +25,8 @@ def fit(
     log: Callable[[list[Record]], None] = lambda records: None,
     save: Callable[[TrainState], None] = lambda state: None,
     stop: Callable[[int], bool] = lambda step: False,
+    evaluate: Callable[[TrainState], None] = lambda state: None,
+    evaluate_every: int = 0,
     log_every: int = 10,
     save_every: int | None = None,
     max_skipped: int = 10,
@@ -43,6 +45,8 @@ def fit(
       log: gets one record a step: its number, metrics, and seconds (a mean over the steps since the last call).
       save: called every `save_every` steps, after the last one, and when told to stop.
       stop: asked after every step, with its number.
+      evaluate: called every `evaluate_every` steps, if that is not 0, and after the last one.
+      evaluate_every: steps between evaluations.
       log_every: steps between logs.
       save_every: steps between saves; None saves at the end alone.
       max_skipped: this many skipped steps in a row end the run, without a save.
@@ -89,6 +93,8 @@ def fit(
             saving = done == steps or stopping or (save_every is not None and done % save_every == 0)
             if saving or len(pending) >= log_every:
                 flush()
+            if evaluate_every and (done == steps or done % evaluate_every == 0):
+                evaluate(state)  # before the save, which says that this step is done with
             if saving:
                 save(state)
             if stopping:

@@ -1,7 +1,7 @@
 """A run: a folder that begins with settings and ends with a model, and can be left and gone back to at any time.
 
 out/config.yaml      every setting
-out/metrics.jsonl    one line a step
+out/metrics.jsonl    one line a step;  out/evaluation.jsonl one line an evaluation
 out/checkpoints/     what `resume` goes on from;  out/damaged/ those that could not be read
 out/loss.png         the curve
 out/model/           the result, as a Hugging Face folder
@@ -18,15 +18,16 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+import tyro
 from jax.experimental import multihost_utils
 
 from ..models import hf
-from ..models.decoder import DecoderConfig, Model, Params, Remat, init_params, param_axes, param_shapes
-from ..models.lora import LoraConfig, apply_lora, init_lora, lora_axes
+from ..models.decoder import DecoderConfig, Params, Remat, init_params, param_axes, param_shapes
+from ..models.lora import LoraConfig
 from ..models.presets import preset
 from ..models.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from ..sharding.mesh import MeshConfig, gather, local_rows, make_mesh, put_batch
@@ -37,28 +38,17 @@ from .config import build, read_settings, write_settings
 from .data.arithmetic import ArithmeticConfig, ArithmeticExamples, arithmetic_tokenizer
 from .data.formats import Layout, open_examples
 from .data.pipeline import BatchConfig, Batches, count_units
-from .data.tokenise import Encoded, encode_sft
+from .data.tokenise import Encoded
 from .loop import fit
 from .metrics import append_records, forget_after, plot_loss, read_records
-from .objectives import sft
 from .optimizer import OptimizerConfig, make_optimizer, make_schedule
+from .recipe import RECIPES, DrafterOptions, EarlyExitOptions, Origin, Recipe, SftOptions, Trainable
 from .state import TrainState, init_state
-from .step import LossFn, make_train_step
+from .step import make_train_step
 
 log = logging.getLogger(__name__)
 ARITHMETIC = "builtin:arithmetic"
 RULES = FSDP_TP_SEQ
-
-
-class Recipe(NamedTuple):
-    """What one kind of training has that others have not."""
-
-    layout: Layout
-    encode: Callable[[Tokenizer, Mapping[str, Any]], Encoded]
-    make_loss: Callable[..., LossFn]  # (decoder config, *, rules, remat)
-
-
-RECIPES = {"sft": Recipe("sft", encode_sft, sft.make_loss)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +56,7 @@ class RunConfig:
     """All settings of a run.
 
     Attributes:
-      model: folder of a Hugging Face checkpoint, or preset:NAME for fresh weights.
+      model: folder of a Hugging Face checkpoint, or preset:NAME for fresh weights; for drafters the target.
       data: JSONL or Parquet file, folder of them or of a saved Hugging Face dataset, or builtin:arithmetic.
       out: the run's folder; new or empty.
       steps: updates to make.
@@ -79,11 +69,12 @@ class RunConfig:
       adapters: train all weights, or low-rank adapters to them.
       ema: decay of a running mean of the weights, which is what is exported; 0 keeps none.
       log_every: steps between looks at the metrics.
+      evaluate_every: steps between evaluations, of kinds that have one; 0 makes none.
       max_skipped: steps in a row with a loss that is not finite, before the run stops.
       tensorboard: write the metrics for TensorBoard too.
     """
 
-    model: str
+    model: Annotated[str, tyro.conf.arg(aliases=("--target",))]
     data: str
     out: Path
     steps: int = 1000
@@ -96,6 +87,7 @@ class RunConfig:
     adapters: Literal["none", "lora"] = "none"
     ema: float = 0.0
     log_every: int = 10
+    evaluate_every: int = 0
     max_skipped: int = 10
     tensorboard: bool = False
     batch: BatchConfig = BatchConfig()
@@ -121,12 +113,20 @@ class Outcome(NamedTuple):
     signal: int | None  # what asked it to stop
 
 
-def start(kind: str, cfg: RunConfig, *, progress: bool = False) -> Outcome:
+# (target's settings, frozen parameters, trained parameters) -> measurements; `train` never imports `infer`
+Evaluate = Callable[[DecoderConfig, Params, Params], Mapping[str, float]]
+
+
+def start(
+    kind: str, cfg: RunConfig, options: Any = None, *, evaluate: Evaluate | None = None, progress: bool = False
+) -> Outcome:
     """Begin a run in a new folder and train to its end.
 
     Args:
       kind: a key of `RECIPES`.
       cfg: its settings.
+      options: those of this kind alone; its defaults when not given.
+      evaluate: measures what has been trained so far, every `evaluate_every` steps; on one process alone.
       progress: show a bar.
 
     Raises:
@@ -143,15 +143,18 @@ def start(kind: str, cfg: RunConfig, *, progress: bool = False) -> Outcome:
     cfg = dataclasses.replace(cfg, **paths)
     if cfg.dtype is None:  # written down, so that it stays what it is on another machine
         cfg = dataclasses.replace(cfg, dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
-    return _train(kind, cfg, progress, fresh=True)
+    return _train(kind, cfg, RECIPES[kind].options() if options is None else options, evaluate, progress, fresh=True)
 
 
-def resume(out: Path, *, mesh: MeshConfig | None = None, progress: bool = False) -> Outcome:
+def resume(
+    out: Path, *, mesh: MeshConfig | None = None, evaluate: Evaluate | None = None, progress: bool = False
+) -> Outcome:
     """Go on where a run was left, by whatever it was stopped.
 
     Args:
       out: the run's folder.
       mesh: of this machine, if it has other devices than the run began on.
+      evaluate: as for `start`.
       progress: show a bar.
 
     Raises:
@@ -160,32 +163,28 @@ def resume(out: Path, *, mesh: MeshConfig | None = None, progress: bool = False)
     """
     if not (out / "config.yaml").is_file():
         raise FileNotFoundError(f"train resume: found no {out / 'config.yaml'}; expected the --out folder of a run.")
-    kind, cfg = read_run(out)
+    kind, cfg, options = read_run(out)
     cfg = dataclasses.replace(cfg, out=out, **({"mesh": mesh} if mesh else {}))
-    return _train(kind, cfg, progress, fresh=False)
+    return _train(kind, cfg, options, evaluate, progress, fresh=False)
 
 
-def read_run(out: Path) -> tuple[str, RunConfig]:
-    """Kind and settings of the run in a folder."""
+def read_run(out: Path) -> tuple[str, RunConfig, Any]:
+    """Kind, settings and options of the run in a folder."""
     stored = build(_Stored, read_settings(_Stored, out / "config.yaml"))
-    return stored.kind, stored.settings
+    options = getattr(stored, stored.kind.replace("-", "_"))
+    return stored.kind, stored.settings, RECIPES[stored.kind].options() if options is None else options
 
 
 # ----------------------------------------------------------------------------------------------------------- private
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Stored:
-    """What config.yaml holds."""
+    """What config.yaml holds: the options of its own kind, and null for those of others."""
 
-    kind: Literal["sft"]
+    kind: Literal["sft", "drafter", "early-exit"]
     settings: RunConfig
-
-
-class _Parts(NamedTuple):
-    """What is trained: shapes before there are arrays."""
-
-    config: DecoderConfig
-    tokenizer: Tokenizer
-    like: Path | None  # the folder the weights come from
+    sft: SftOptions | None = None
+    drafter: DrafterOptions | None = None
+    early_exit: EarlyExitOptions | None = None
 
 
 def _absolute(name: str) -> str:
@@ -193,24 +192,26 @@ def _absolute(name: str) -> str:
     return name if name.startswith(("preset:", "builtin:")) else str(Path(name).absolute())
 
 
-def _train(kind: str, cfg: RunConfig, progress: bool, fresh: bool) -> Outcome:
+def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, progress: bool, fresh: bool) -> Outcome:
     # 1. What to learn, and from what.
-    recipe, parts = RECIPES[kind], _parts(cfg)
+    recipe, origin = RECIPES[kind], _origin(cfg)
+    trainable = recipe.trainable(origin, options, cfg.lora if cfg.adapters == "lora" else None)
     examples = _examples(cfg, recipe.layout, progress)
     mesh = make_mesh(cfg.mesh)
-    batches = _batches(cfg, recipe, parts.tokenizer, examples, mesh)
-    mark = _mark_of(cfg, examples, partial(recipe.encode, parts.tokenizer))
+    batches = _batches(cfg, recipe, origin.tokenizer, examples, mesh)
+    mark = _mark_of(cfg, examples, partial(recipe.encode, origin.tokenizer))
     board = _board(cfg)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         # 2. Where it begins: at step 0, or at the newest checkpoint that is whole.
         schedule = make_schedule(cfg.optimizer, cfg.steps)
         tx = make_optimizer(cfg.optimizer, cfg.steps)
-        like, create = _begin(cfg, parts, tx, mesh)
+        like, create = _begin(cfg, origin, trainable, tx, mesh)
         if jax.process_index() == 0:
             cfg.out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_alone(cfg.out))
             if fresh:
-                write_settings(_Stored(kind=kind, settings=cfg), cfg.out / "config.yaml")  # type: ignore[arg-type]
+                stored: Any = {"kind": kind, "settings": cfg, kind.replace("-", "_"): options}
+                write_settings(_Stored(**stored), cfg.out / "config.yaml")
         multihost_utils.sync_global_devices("run folder")
         manager = stack.enter_context(checkpoint.open_checkpoints(cfg.out / "checkpoints", cfg.checkpoint))
         if (found := checkpoint.restore(manager, like)) is None:
@@ -230,10 +231,10 @@ def _train(kind: str, cfg: RunConfig, progress: bool, fresh: bool) -> Outcome:
         record = _recorder(cfg, int(state.step), board, stack)
         stopped = stack.enter_context(_stop_signals())
         step = make_train_step(
-            recipe.make_loss(parts.config, rules=RULES, remat=cfg.remat),
+            recipe.make_loss(origin.config, options, rules=RULES, remat=cfg.remat),
             tx,
             count_units,
-            combine=_combine(cfg),
+            combine=trainable.combine,
             ema_decay=cfg.ema,
             schedule=schedule,
             shardings=jax.tree.map(lambda x: x.sharding, like),
@@ -248,6 +249,8 @@ def _train(kind: str, cfg: RunConfig, progress: bool, fresh: bool) -> Outcome:
                 manager, state, {"mark": mark, "streams": _every_stream(batches.get_state())}
             ),
             stop=lambda number: stopped() is not None or _preempted(number),
+            evaluate=_evaluator(cfg, origin, int(state.step), evaluate),
+            evaluate_every=cfg.evaluate_every,
             log_every=cfg.log_every,
             save_every=cfg.checkpoint.every,
             max_skipped=cfg.max_skipped,
@@ -258,11 +261,11 @@ def _train(kind: str, cfg: RunConfig, progress: bool, fresh: bool) -> Outcome:
         # 4. What comes of it.
         done = int(state.step)
         if done >= cfg.steps:
-            _export(cfg, parts, state)
+            _export(cfg, trainable, state)
     return Outcome(done, done >= cfg.steps, stopped())
 
 
-def _parts(cfg: RunConfig) -> _Parts:
+def _origin(cfg: RunConfig) -> Origin:
     name = cfg.model.removeprefix("preset:")
     folder = None if name != cfg.model else Path(cfg.model)
     if cfg.tokenizer is not None:
@@ -285,7 +288,7 @@ def _parts(cfg: RunConfig) -> _Parts:
             f"train: max_length={cfg.batch.max_length}; expected at most the model's {config.max_positions} positions. "
             "Lower --batch.max-length."
         )
-    return _Parts(dataclasses.replace(config, dtype=cfg.dtype or "float32"), tokenizer, folder)
+    return Origin(dataclasses.replace(config, dtype=cfg.dtype or "float32"), tokenizer, folder)
 
 
 def _examples(cfg: RunConfig, layout: Layout, progress: bool) -> Sequence[Mapping[str, Any]]:
@@ -344,32 +347,31 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _begin(cfg: RunConfig, parts: _Parts, tx, mesh) -> tuple[TrainState, Callable[[], TrainState]]:
+def _begin(cfg: RunConfig, origin: Origin, what: Trainable, tx, mesh) -> tuple[TrainState, Callable[[], TrainState]]:
     """The state in the abstract, its frozen parameters in fact; and how to make it, when no checkpoint holds it.
 
     Only one of the two is ever on the devices.
     """
-    config, axes, shapes = parts.config, param_axes(parts.config), param_shapes(parts.config)
+    config, axes, shapes = origin.config, param_axes(origin.config), param_shapes(origin.config)
     placed = RULES.shardings(mesh, axes, shapes)
-    weights, adapters_key = jax.random.split(jax.random.key(cfg.seed))
-    lora = cfg.adapters == "lora"
+    weights, key = jax.random.split(jax.random.key(cfg.seed))
 
     def load() -> Params:
-        if parts.like is None:
+        if origin.like is None:
             return jax.jit(partial(init_params, config), out_shardings=placed)(weights)
-        return hf.load(parts.like, dtype="float32", stacked=True, mesh=mesh, rules=RULES, progress=True).params
+        return hf.load(origin.like, dtype="float32", stacked=True, mesh=mesh, rules=RULES, progress=True).params
 
     def state_of(base: Params, key) -> TrainState:
-        params, frozen = (init_lora(cfg.lora, base, axes, key), base) if lora else (base, None)
-        return init_state(params, tx, seed=cfg.seed, frozen=frozen, ema=cfg.ema > 0)
+        frozen = base if what.beside else None
+        return init_state(what.init(base, key), tx, seed=cfg.seed, frozen=frozen, ema=cfg.ema > 0)
 
-    like = jax.eval_shape(state_of, shapes, adapters_key)
-    trained = RULES.shardings(mesh, lora_axes(cfg.lora, axes), like.params) if lora else placed
+    like = jax.eval_shape(state_of, shapes, key)
+    trained = RULES.shardings(mesh, what.axes, like.params)
     one: Any = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shardings = TrainState(
         step=one,
         params=trained,
-        frozen=placed if lora else {},
+        frozen=placed if what.beside else {},
         opt_state=shardings_like(like.opt_state, like.params, trained),
         ema=trained if cfg.ema else {},
         key=one,
@@ -377,16 +379,9 @@ def _begin(cfg: RunConfig, parts: _Parts, tx, mesh) -> tuple[TrainState, Callabl
         skipped_in_a_row=one,
     )
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
-    base = load() if lora else None
-    make = jax.jit(state_of, out_shardings=shardings, donate_argnums=() if lora else 0)
-    return like._replace(frozen=base or {}), lambda: make(load() if base is None else base, adapters_key)
-
-
-def _combine(cfg: RunConfig) -> Callable[[Params, Params], Params]:
-    """The model's parameters from those that are trained and those that are not."""
-    if cfg.adapters == "none":
-        return lambda params, frozen: params
-    return lambda adapters, base: apply_lora(cfg.lora, base, adapters)
+    base = load() if what.beside else None
+    make = jax.jit(state_of, out_shardings=shardings, donate_argnums=() if what.beside else 0)
+    return like._replace(frozen=base or {}), lambda: make(load() if base is None else base, key)
 
 
 def _board(cfg: RunConfig) -> Any:
@@ -416,6 +411,21 @@ def _recorder(cfg: RunConfig, begin: int, writer: Any, stack: contextlib.ExitSta
                     board.add_scalar(name, line[name], line["step"])
 
     return record
+
+
+def _evaluator(cfg: RunConfig, origin: Origin, begin: int, evaluate: Evaluate | None):
+    """Measure a state and write it down; lines behind `begin` will be measured again."""
+    if evaluate is None or not cfg.evaluate_every or jax.process_count() > 1:
+        return lambda state: None
+    path = cfg.out / "evaluation.jsonl"
+    forget_after(path, begin)
+
+    def measure(state: TrainState) -> None:
+        found = evaluate(origin.config, state.frozen, state.ema if cfg.ema else state.params)
+        append_records(path, [{"step": int(state.step), **found}])
+        log.info("step %d: %s", int(state.step), found)
+
+    return measure
 
 
 @contextlib.contextmanager
@@ -468,14 +478,12 @@ def _report(batches: Batches, examples: Sequence[Any]) -> None:
         )
 
 
-def _export(cfg: RunConfig, parts: _Parts, state: TrainState) -> None:
-    """The model as a Hugging Face folder, and the curve."""
+def _export(cfg: RunConfig, what: Trainable, state: TrainState) -> None:
+    """The result in a folder, and the curve."""
     trained = state.ema if cfg.ema else state.params
-    params = gather(jax.jit(_combine(cfg))(trained, state.frozen))
+    params = gather(jax.jit(what.result)(trained, state.frozen))
     if jax.process_index() == 0:
-        hf.save(cfg.out / "model", Model(parts.config, params), like=parts.like, overwrite=True)
-        if parts.like is None:
-            parts.tokenizer.save(cfg.out / "model")
+        what.write(cfg.out / "model", params)
         title = f"{Path(cfg.model).name} on {Path(cfg.data).name}"
         plot_loss(cfg.out / "loss.png", read_records(cfg.out / "metrics.jsonl"), title)
     multihost_utils.sync_global_devices("exported")

@@ -47,7 +47,7 @@ def settings(out, **changes):
 def begin(*args, devices=1, **env):
     """A child process that trains, on so many devices."""
     env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **env}
-    command = [sys.executable, "-m", "jaxaroo.cli", "train", *map(str, args)]
+    command = [sys.executable, "-m", "jaxaroo.cli.main", "train", *map(str, args)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

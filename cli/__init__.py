@@ -1,0 +1,10 @@
+"""The `jaxaroo` command: the only floor that knows both training and inference.
+
+main.py        which command is which, and how failures are told
+output.py      what commands share: exit by misuse, JSON
+generate.py    continue prompts
+files.py       convert and describe checkpoints
+train.py       begin and resume runs
+evaluate.py    perplexity, right answers
+quickstart.py  two tiny models from nothing
+"""

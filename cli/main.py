@@ -1,0 +1,67 @@
+"""Train and run the models that make reasoning cheap and checkable.
+
+Results go to standard output, progress and errors to standard error; the exit status is 0, 1 for a failure that the
+message explains, 2 for a misused command, 130 after Ctrl-C.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import tyro
+
+from . import evaluate, files, generate, quickstart, train
+from .output import UsageError
+
+CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+COMMANDS: dict[str, Callable[..., int]] = {
+    "generate": generate.generate,
+    "convert": files.convert,
+    "info": files.info,
+    "train sft": train.train_sft,
+    "train drafter": train.train_drafter,
+    "train early-exit": train.train_early_exit,
+    "train resume": train.train_resume,
+    "eval lm": evaluate.eval_lm,
+    "eval answers": evaluate.eval_answers,
+    "quickstart": quickstart.quickstart,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    _use_compilation_cache()
+    try:
+        args = list(sys.argv[1:] if argv is None else argv)
+        name, commands = " ".join(args[:2]), dict(COMMANDS)
+        if args[:1] == ["train"] and args[1:2] != ["resume"] and name in commands:
+            commands[name] = train.train_command(args[1], args[2:])
+        if name in commands:
+            args = [" ".join(args[:2]), *args[2:]]
+        elif any(name.startswith(f"{args[0]} ") for name in commands if args):  # `jaxaroo train`, and typos behind it
+            commands, args = {name: f for name, f in commands.items() if name.startswith(args[0])}, args[1:]
+        return tyro.extras.subcommand_cli_from_dict(commands, prog="jaxaroo", args=args, description=__doc__)
+    except UsageError as e:
+        print(f"jaxaroo: {e}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, MemoryError, ArithmeticError) as e:
+        print(f"jaxaroo: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\njaxaroo: interrupted", file=sys.stderr)
+        return 130
+
+
+# ----------------------------------------------------------------------------------------------------------- private
+def _use_compilation_cache() -> None:
+    """Compiled programs outlive the process, unless the environment says where else, or nowhere (empty)."""
+    if CACHE_VARIABLE not in os.environ:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ[CACHE_VARIABLE] = str(base / "jaxaroo" / "xla")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""`jaxaroo train ...`: begin runs, and go on with them."""
+
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+SUMMARIES = {
+    "sft": "Fine-tune a model on prompts and completions.",
+    "drafter": "Train an EAGLE or Jakiro drafter for a target, which stays as it is.",
+    "early-exit": "Train a Kangaroo adapter, which lets a target's first layers draft for all of them.",
+}
+
+
+def train_command(kind: str, args: list[str]) -> Callable[..., int]:
+    """The command with all its settings, those of `--config` as defaults; made when needed, since it imports JAX.
+
+    Args:
+      kind: of training, a key of `train.recipe.RECIPES`.
+      args: the command line behind its name.
+    """
+    from ..train.config import build, read_settings
+    from ..train.recipe import RECIPES
+    from ..train.run import RunConfig, start
+
+    recipe, config = RECIPES[kind], _config_of(args)
+    needed = dict.fromkeys(("model", "data", "out"), tyro.MISSING) | dict(recipe.defaults)
+    default = build(RunConfig, needed | (read_settings(RunConfig, config) if config else {}))
+
+    def command(
+        *,
+        settings: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
+        options: Annotated[recipe.options, tyro.conf.arg(name="")] = recipe.options(),  # type: ignore[name-defined]
+        config: Path | None = None,
+        regenerate: Path | None = None,
+        coordinator: str | None = None,
+        num_processes: int | None = None,
+        process_id: int | None = None,
+    ) -> int:
+        """Train.
+
+        Args:
+          settings: of the run.
+          options: of this kind of training.
+          config: YAML file of settings; what is given here as well wins.
+          regenerate: JSONL file to write, or to go on writing: the data's prompts, answered by the model itself, which
+            is what a drafter had better learn from. Training then reads it.
+          coordinator: HOST:PORT of process 0, when a run of several processes is not started by SLURM or on a TPU pod.
+          num_processes: how many take part.
+          process_id: which of them this is.
+        """
+        _join(coordinator, num_processes, process_id)
+        if regenerate is not None:
+            _regenerate(settings, regenerate)
+            settings = dataclasses.replace(settings, data=str(regenerate))
+        evaluate = _evaluator(kind, settings, options)
+        return _leave(start(kind, settings, options, evaluate=evaluate, progress=True), settings.out)
+
+    command.__doc__ = (command.__doc__ or "").replace("Train.", SUMMARIES[kind], 1)
+    return command
+
+
+def train_sft() -> int:
+    """Fine-tune a model on prompts and completions."""
+    raise AssertionError("`main` puts what `train_command` makes in this place")
+
+
+def train_drafter() -> int:
+    """Train an EAGLE or Jakiro drafter for a target, which stays as it is."""
+    raise AssertionError("`main` puts what `train_command` makes in this place")
+
+
+def train_early_exit() -> int:
+    """Train a Kangaroo adapter, which lets a target's first layers draft for all of them."""
+    raise AssertionError("`main` puts what `train_command` makes in this place")
+
+
+def train_resume(
+    folder: tyro.conf.Positional[Path],
+    /,
+    *,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> int:
+    """Go on with a run that was left, by whatever it was stopped.
+
+    Args:
+      folder: the run's --out.
+      coordinator: HOST:PORT of process 0, when a run of several processes is not started by SLURM or on a TPU pod.
+      num_processes: how many take part.
+      process_id: which of them this is.
+    """
+    from ..train.run import read_run, resume
+
+    _join(coordinator, num_processes, process_id)
+    evaluate = _evaluator(*read_run(folder)) if (folder / "config.yaml").is_file() else None
+    return _leave(resume(folder, evaluate=evaluate, progress=True), folder)
+
+
+def acceptance(emitted: list[int]) -> dict[str, float]:
+    """Tokens a step, and of the steps the share whose draft was right down to each depth.
+
+    Args:
+      emitted: steps that emitted 0, 1, 2, ... tokens.
+    """
+    steps = max(sum(emitted), 1)
+    shares = {f"accepted_{d}": sum(emitted[d + 1 :]) / steps for d in range(1, len(emitted) - 1)}
+    return {"tau": sum(n * count for n, count in enumerate(emitted)) / steps, **shares}
+
+
+# ----------------------------------------------------------------------------------------------------------- private
+def _config_of(args: list[str]) -> Path | None:
+    """What stands behind `--config`; the parser comes too late for it, as it wants the defaults first."""
+    found = [b for a, b in itertools.pairwise(args) if a == "--config"]
+    found += [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
+    return Path(found[-1]) if found else None
+
+
+def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    from ..sharding.mesh import start_processes
+
+    start_processes(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
+
+
+def _leave(outcome: Any, out: Path) -> int:
+    """Say where the run stands; the exit status of one that was stopped is that of its signal."""
+    if outcome.finished:
+        print(f"step {outcome.step}: wrote {out / 'model'}, curve in {out / 'loss.png'}", file=sys.stderr)
+        return 0
+    print(f"stopped at step {outcome.step}; go on with: jaxaroo train resume {out}", file=sys.stderr)
+    return 128 + (outcome.signal or 15)
+
+
+def _prompts(settings: Any, limit: int | None = None) -> Iterator[Any]:
+    """The rows of the data, as training reads them."""
+    from ..train.data.arithmetic import ArithmeticExamples
+    from ..train.data.formats import open_examples
+
+    if settings.data == "builtin:arithmetic":
+        rows: Any = ArithmeticExamples(settings.arithmetic)
+        number = limit or 10_000
+    else:
+        rows = open_examples(Path(settings.data), "sft", on_bad_row=settings.on_bad_row, split=settings.split)
+        number = min(len(rows), limit or len(rows))
+    yield from (rows[i] for i in range(number))
+
+
+def _regenerate(settings: Any, path: Path, batch: int = 64) -> None:
+    """Let the model answer the prompts of its data, as many as the file does not hold yet."""
+    from tqdm import tqdm
+
+    from ..infer.engine import Engine
+    from ..infer.sampling import Sampling
+    from ..models.hf import load
+    from ..models.tokenizer import load_tokenizer
+
+    rows = [row["prompt"] for row in _prompts(settings)]
+    done = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+    sampling = Sampling(temperature=1.0, max_tokens=min(512, settings.batch.max_length // 2), seed=settings.seed)
+    tokenizer = load_tokenizer(Path(settings.tokenizer or settings.model))
+    with (
+        Engine(load(settings.model, dtype=settings.dtype), tokenizer, max_seqs=batch) as engine,
+        path.open("a", encoding="utf-8") as file,
+        tqdm(total=len(rows), initial=done, desc="regenerate", unit="row", disable=None) as bar,
+    ):
+        for first in range(done, len(rows), batch):
+            part = rows[first : first + batch]
+            for prompt, result in zip(part, engine.generate(part, sampling), strict=True):
+                text = result.outputs[0].text if result.outputs else ""
+                file.write(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(part))
+
+
+def _evaluator(kind: str, settings: Any, options: Any) -> Any:
+    """Acceptance through the serving loop, on the first prompts of the data; None for kinds that have none."""
+    if kind == "sft" or not settings.evaluate_every:
+        return None
+    from ..infer.engine import Engine
+    from ..infer.sampling import Sampling
+    from ..infer.speculative import verify
+    from ..infer.speculative.load import drafter_params, with_drafter
+    from ..infer.speculative.loop import Speculation
+    from ..infer.speculative.settings import SpeculationConfig
+    from ..models.decoder import Model
+    from ..models.tokenizer import load_tokenizer
+    from ..train.recipe import network_config
+
+    prompts = [row["prompt"] for row in _prompts(settings, limit=8)]
+    tokenizer = load_tokenizer(Path(settings.tokenizer or settings.model))
+
+    def evaluate(config: Any, target: Any, trained: Any) -> dict[str, float]:
+        network, serving = network_config(kind, config, options), SpeculationConfig(draw="mode")
+        drafter = with_drafter(serving, network)
+        spec = Speculation(drafter, verify.coupled(), drafter_params(serving, network, trained))
+        with Engine(Model(config, target), tokenizer, speculation=spec) as engine:
+            engine.generate(prompts, Sampling(temperature=0.0, max_tokens=64))
+            return acceptance(engine.emitted_per_step())
+
+    return evaluate

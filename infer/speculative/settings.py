@@ -1,0 +1,45 @@
+"""What a user may ask of speculative decoding; imports no JAX, so that commands can show it at once."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpeculationConfig:
+    """How to decode several tokens a step.
+
+    Attributes:
+      drafter: `lookup`, or the folder of a drafter or of a smaller model with the same tokenizer; none decodes plainly.
+      verifier: which drafts are taken. `coupled` gives the very tokens of plain decoding; `rejection` and `k-seq` keep
+        its distribution. `auto` is `coupled`.
+      draw: how drafts are drawn (`draw.py`); `auto` is what suits the verifier.
+      shape: of the drafts. `auto` is a growing tree for EAGLE and Jakiro and a chain for the others.
+      drafts: tokens of a chain.
+      chains: of a small model, side by side.
+      nodes: of a growing tree, the root included.
+      beam: nodes that are read at a level.
+      levels: of a growing tree.
+      stop: end a draft early when the drafter is not sure; for Kangaroo.
+      eta: the probability below which it is not sure.
+    """
+
+    drafter: str | None = None
+    verifier: Literal["auto", "coupled", "rejection", "k-seq"] = "auto"
+    draw: Literal["auto", "mode", "shared", "independent", "without_replacement"] = "auto"
+    shape: Literal["auto", "chain", "dynamic", "static"] = "auto"
+    drafts: int = 6
+    chains: int = 1
+    nodes: int = 60
+    beam: int = 10
+    levels: int = 6
+    stop: Literal["none", "confidence"] = "none"
+    eta: float = 0.6
+
+    def __post_init__(self):
+        for name in ("drafts", "chains", "beam", "levels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"speculation: {name}={getattr(self, name)}; expected at least 1.")
+        if self.nodes < 2:
+            raise ValueError(f"speculation: nodes={self.nodes}; expected at least 2, the root and a guess.")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"speculation: eta={self.eta}; expected a probability.")
