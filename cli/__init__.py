@@ -6,5 +6,6 @@ generate.py    continue prompts
 files.py       convert and describe checkpoints
 train.py       begin and resume runs
 evaluate.py    perplexity, right answers
+bench.py       faster methods beside plain decoding
 quickstart.py  two tiny models from nothing
 """

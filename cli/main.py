@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from . import evaluate, files, generate, quickstart, train
+from . import bench, evaluate, files, generate, quickstart, train
 from .output import UsageError
 
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
@@ -26,6 +26,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train resume": train.train_resume,
     "eval lm": evaluate.eval_lm,
     "eval answers": evaluate.eval_answers,
+    "bench speculative": bench.bench_speculative,
     "quickstart": quickstart.quickstart,
 }
 

@@ -52,7 +52,7 @@ def with_drafter(
         _only(cfg, "jakiro", ("auto", "dynamic"))
         return jakiro_drafter.make_drafter(network, draw=draw, **tree)
     _only(cfg, "kangaroo", ("auto", "chain", "dynamic"), stops=True)
-    rule = stop.confidence() if cfg.stop == "confidence" else stop.fixed()
+    rule = stop.confidence() if cfg.stop_rule == "confidence" else stop.fixed()
     if cfg.shape == "dynamic":
         return kangaroo_drafter.make_tree_drafter(network, draw=draw, stop=rule, **tree)
     return kangaroo_drafter.make_drafter(network, cfg.drafts, draw, rule)
@@ -62,7 +62,7 @@ def drafter_params(cfg: SpeculationConfig, network: Any, params: Any) -> Any:
     """The parameters as that drafter takes them."""
     if not isinstance(network, kangaroo.KangarooConfig):
         return params
-    return {"adapter": params, "stop": {"eta": jnp.float32(cfg.eta)} if cfg.stop == "confidence" else ()}
+    return {"adapter": params, "stop": {"eta": jnp.float32(cfg.eta)} if cfg.stop_rule == "confidence" else ()}
 
 
 # ----------------------------------------------------------------------------------------------------------- private
@@ -102,8 +102,10 @@ def _rule(cfg: SpeculationConfig, drafter: Drafter) -> Verifier:
 def _only(cfg: SpeculationConfig, name: str, shapes: tuple[str, ...], *, stops=False, drawn=True) -> None:
     if cfg.shape not in shapes:
         raise ValueError(f"speculation: shape={cfg.shape!r} with {name}; expected {' or '.join(map(repr, shapes))}.")
-    if cfg.stop != "none" and not stops:
-        raise ValueError(f"speculation: stop={cfg.stop!r} with {name}; expected 'none'. Kangaroo has stop rules.")
+    if cfg.stop_rule != "none" and not stops:
+        raise ValueError(
+            f"speculation: stop_rule={cfg.stop_rule!r} with {name}; expected 'none'. Kangaroo has stop rules."
+        )
     if cfg.draw != "auto" and not drawn:
         raise ValueError(
             f"speculation: draw={cfg.draw!r} with {name}; expected 'auto', for it copies and draws nothing."

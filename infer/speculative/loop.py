@@ -198,26 +198,51 @@ def decode(
     return jax.lax.while_loop(running, step, (jnp.int32(0), state._replace(rows=base)))[1]
 
 
-# ----------------------------------------------------------------------------------------------------------- private
-def _step(cfg, weights: Weights, drafter, verifier, state: SpeculativeState, rows: Rows, mode) -> SpeculativeState:
-    base, length = state.rows, state.rows.cache.length
-    running = base.status == RUNNING
-    context = _context(base, rows)
-    tree, drafting, cache = drafter.propose(weights.target, weights.drafter, state.drafter, context)
-    hidden, features, cache = judge_nodes(cfg, weights.target, drafter, tree, cache)
-    base, path, accepted = _walk(cfg, weights, drafter, verifier, base._replace(cache=cache), rows, tree, hidden, mode)
+# ------------------------------------------------------------------------------------------------------ parts of a step
+class Judged(NamedTuple):
+    """Between the rule and the commit of a step: what `commit` needs."""
 
-    cache = cache if drafter.chain else keep_path(cache, path)
-    emitted = base.filled - context.filled
+    rows: DecodeState  # with the tokens emitted; the cache still holds the whole tree
+    verdict: Verdict
+    filled_before: Int[Array, " B"]
+    running_before: Bool[Array, " B"]
+    drafted: Int[Array, " B"]
+
+
+def draft(weights: Weights, drafter: Drafter, state: SpeculativeState, rows: Rows) -> tuple[DraftTree, Any, KVCache]:
+    """Let the drafter propose: a tree, its state, and the target's cache, whose first layers it may have run."""
+    return drafter.propose(weights.target, weights.drafter, state.drafter, _context(state.rows, rows))
+
+
+def judge(
+    cfg: DecoderConfig,
+    weights: Weights,
+    drafter: Drafter,
+    verifier: Verifier,
+    state: DecodeState,
+    rows: Rows,
+    tree: DraftTree,
+    mode: LogprobsMode,
+) -> Judged:
+    """One forward pass of the target over the tree, and the rule's walk through it, which emits tokens."""
+    running = state.status == RUNNING
+    hidden, features, cache = judge_nodes(cfg, weights.target, drafter, tree, state.cache)
+    new, path, accepted = _walk(cfg, weights, drafter, verifier, state._replace(cache=cache), rows, tree, hidden, mode)
+    drafted = (jnp.sum(tree.valid, axis=1, dtype=jnp.int32) - 1) * running.astype(jnp.int32)
+    return Judged(new, Verdict(path, accepted, features), state.filled, running, drafted)
+
+
+def commit(weights: Weights, drafter: Drafter, drafting: Any, tally: Tally, judged: Judged, rows: Rows):
+    """Keep the path's rows, forget the rest, and tell the drafter."""
+    base, cache = judged.rows, judged.rows.cache
+    length = cache.length
+    cache = cache if drafter.chain else keep_path(cache, judged.verdict.path)
+    emitted = base.filled - judged.filled_before
     base = base._replace(cache=cache._replace(length=length + emitted))
-    verdict = Verdict(path, accepted, features)
-    drafting = drafter.commit(weights.target, weights.drafter, drafting, _context(base, rows), verdict)
-
-    one = running.astype(jnp.int32)
-    drafted = (jnp.sum(tree.valid, axis=1, dtype=jnp.int32) - 1) * one
-    tally = state.tally
-    tally = Tally(tally.emitted.at[jnp.arange(one.shape[0]), emitted].add(one), tally.drafted + drafted)
-    return SpeculativeState(base, drafting, tally)
+    drafting = drafter.commit(weights.target, weights.drafter, drafting, _context(base, rows), judged.verdict)
+    one = judged.running_before.astype(jnp.int32)
+    count = tally.emitted.at[jnp.arange(one.shape[0]), emitted].add(one)
+    return SpeculativeState(base, drafting, Tally(count, tally.drafted + judged.drafted))
 
 
 def judge_nodes(cfg: DecoderConfig, target: Params, drafter: Drafter, tree: DraftTree, cache: KVCache):
@@ -238,6 +263,13 @@ def judge_nodes(cfg: DecoderConfig, target: Params, drafter: Drafter, tree: Draf
     )
     assert out.cache is not None
     return out.hidden, out.collected, out.cache
+
+
+# ----------------------------------------------------------------------------------------------------------- private
+def _step(cfg, weights: Weights, drafter, verifier, state: SpeculativeState, rows: Rows, mode) -> SpeculativeState:
+    tree, drafting, cache = draft(weights, drafter, state, rows)
+    judged = judge(cfg, weights, drafter, verifier, state.rows._replace(cache=cache), rows, tree, mode)
+    return commit(weights, drafter, drafting, state.tally, judged, rows)
 
 
 def _walk(cfg, weights: Weights, drafter, verifier, state: DecodeState, rows: Rows, tree, hidden, mode):

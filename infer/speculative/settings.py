@@ -19,7 +19,7 @@ class SpeculationConfig:
       nodes: of a growing tree, the root included.
       beam: nodes that are read at a level.
       levels: of a growing tree.
-      stop: end a draft early when the drafter is not sure; for Kangaroo.
+      stop_rule: end a draft early when the drafter is not sure; for Kangaroo.
       eta: the probability below which it is not sure.
     """
 
@@ -32,7 +32,7 @@ class SpeculationConfig:
     nodes: int = 60
     beam: int = 10
     levels: int = 6
-    stop: Literal["none", "confidence"] = "none"
+    stop_rule: Literal["none", "confidence"] = "none"
     eta: float = 0.6
 
     def __post_init__(self):

@@ -26,6 +26,13 @@ def test_eval_lm_scores_completions_or_a_text(run, trained):
         ("train sft --model preset:tiny --data builtin:arithmetic", 2, "--out"),
         ("train sft --modle x --data y --out z", 2, "--model"),
         ("train sfd", 2, "train sft"),
+        ("train drafter --target preset:tiny --data builtin:arithmetic", 2, "--out"),
+        ("train drafter --kind eagel --target x --data y --out z", 2, "eagle"),
+        (
+            "train early-exit --exit-layer 9 --target preset:tiny --data builtin:arithmetic --out {folder}/x",
+            1,
+            "exit_layer",
+        ),
         ("train", 2, "train sft"),
         ("train sft --config {folder}/bad.yaml --out {folder}/x", 1, "Did you mean batch.size?"),
         ("train sft --config {folder}/none.yaml --out {folder}/x", 1, "none.yaml"),

@@ -39,7 +39,7 @@ def folders(tmp_path_factory):
         ("eagle", {"draw": "mode", "nodes": 9}, "eagle, dynamic tree 9 x 10 x 6, mode", "coupled"),
         ("jakiro", {"beam": 4, "levels": 3, "nodes": 20}, "jakiro, dynamic tree 20 x 4 x 3, shared", "coupled"),
         ("kangaroo", {"drafts": 4}, "kangaroo, 4, shared, fixed", "coupled"),
-        ("kangaroo", {"stop": "confidence"}, "kangaroo, 6, shared, confidence", "coupled"),
+        ("kangaroo", {"stop_rule": "confidence"}, "kangaroo, 6, shared, confidence", "coupled"),
         ("kangaroo", {"verifier": "rejection"}, "kangaroo, 6, independent, fixed", "rejection"),
         ("small", {"drafts": 3}, "small model, 1 x 3, shared", "coupled"),
         ("small", {"drafts": 3, "chains": 2, "verifier": "k-seq"}, "small model, 2 x 3, independent", "k-seq"),
@@ -63,7 +63,7 @@ def test_lookup_needs_no_folder():
     ("name", "settings", "message"),
     [
         ("eagle", {"shape": "chain"}, "shape='chain' with eagle"),
-        ("eagle", {"stop": "confidence"}, "Kangaroo has stop rules"),
+        ("eagle", {"stop_rule": "confidence"}, "Kangaroo has stop rules"),
         ("eagle", {"draw": "without_replacement", "shape": "dynamic"}, "would bias the output"),
         ("jakiro", {"verifier": "rejection"}, "would bias the output"),
         ("eagle", {"verifier": "k-seq"}, "expected"),

@@ -98,7 +98,12 @@ LOSSLESS = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSLESS)
+IN_THE_SUITE = ("a chain, rejection", "three chains, k-seq")  # the rest with `make proof`: each compiles for long
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in IN_THE_SUITE else pytest.param(name, marks=pytest.mark.proof) for name in LOSSLESS]
+)
 def test_texts_have_the_law_of_the_target(name):
     drafter, verifier = LOSSLESS[name]
     check(drafter, verifier)
@@ -128,7 +133,7 @@ def wrong_rest(params, node):
     return choice._replace(token=jnp.where(choice.child < 0, fresh, choice.token))
 
 
-@pytest.mark.parametrize("wrong", [wrong_q, wrong_rest])
+@pytest.mark.parametrize("wrong", [wrong_q, pytest.param(wrong_rest, marks=pytest.mark.proof)])
 def test_a_biased_rule_is_seen(wrong):
     """The negative control: without it, the test above might be too weak to see anything."""
     biased = rejection(1, "independent")._replace(choose_next=wrong)

@@ -24,7 +24,13 @@ def drafter_of(target):
 
 
 @pytest.mark.parametrize(
-    ("name", "draw"), [("llama", "shared"), ("llama", "mode"), ("qwen3", "shared"), ("window", "shared")]
+    ("name", "draw"),
+    [
+        ("llama", "shared"),
+        ("window", "shared"),
+        pytest.param("llama", "mode", marks=pytest.mark.proof),
+        pytest.param("qwen3", "shared", marks=pytest.mark.proof),
+    ],
 )
 def test_output_is_that_of_plain_decoding_from_a_growing_tree(bench, name, draw):
     cfg, params = drafter_of(bench.targets[name])
@@ -32,11 +38,13 @@ def test_output_is_that_of_plain_decoding_from_a_growing_tree(bench, name, draw)
     assert (ran.tally.emitted[:3, 2:].sum(1) > 0).any()  # some draft was right
 
 
+@pytest.mark.proof
 def test_output_is_that_of_plain_decoding_from_a_static_tree(bench):
     cfg, params = drafter_of(bench.targets["llama"])
     bench.check_identity(make_drafter(cfg, tree="static", draw="shared"), verify.coupled(), params)
 
 
+@pytest.mark.proof
 def test_one_row_alone(bench):
     cfg, params = drafter_of(bench.targets["llama"])
     bench.check_identity(make_drafter(cfg, draw="shared", **TREE), verify.coupled(), params, only=1)

@@ -11,7 +11,13 @@ from jaxaroo.models.decoder import forward
 
 
 @pytest.mark.parametrize(
-    ("name", "draw"), [("llama", "shared"), ("llama", "mode"), ("qwen3", "shared"), ("window", "shared")]
+    ("name", "draw"),
+    [
+        ("llama", "shared"),
+        ("llama", "mode"),
+        pytest.param("qwen3", "shared", marks=pytest.mark.proof),
+        pytest.param("window", "shared", marks=pytest.mark.proof),
+    ],
 )
 def test_output_is_that_of_plain_decoding(bench, shaken, name, draw):
     drafter = make_drafter(bench.targets[name], 4, draw)
@@ -19,10 +25,12 @@ def test_output_is_that_of_plain_decoding(bench, shaken, name, draw):
     assert (ran.tally.emitted[:3, 2:].sum(1) > 0).any()  # some draft was right
 
 
+@pytest.mark.proof
 def test_several_chains_under_the_coupled_rule(bench, shaken):
     bench.check_identity(make_drafter(bench.targets["llama"], 3, "independent", 3), verify.coupled(), shaken())
 
 
+@pytest.mark.proof
 def test_one_row_alone(bench, shaken):
     bench.check_identity(make_drafter(bench.targets["llama"], 4), verify.coupled(), shaken(), only=1)
 
@@ -63,7 +71,7 @@ def test_shared_noise_finds_more_than_the_mode_does_when_sampled(bench, shaken):
     assert share["shared"] > 1.5 * share["mode"], share
 
 
-@pytest.mark.parametrize(("draw", "chains"), [("shared", 1), ("independent", 3)])
+@pytest.mark.parametrize(("draw", "chains"), [("shared", 1), pytest.param("independent", 3, marks=pytest.mark.proof)])
 def test_the_cache_holds_what_a_fresh_reading_gives(bench, shaken, draw, chains):
     """After every number of steps, rows that count as read are those of an uncached forward pass."""
     cfg = bench.targets["llama"]
