@@ -138,7 +138,7 @@ def _leave(outcome: Any, out: Path) -> int:
 
 
 def _prompts(settings: Any, limit: int | None = None) -> Iterator[Any]:
-    """The rows of the data, as training reads them."""
+    """What the rows of the data ask: text, or messages up to the last answer."""
     from ..train.data.arithmetic import ArithmeticExamples
     from ..train.data.formats import open_examples
 
@@ -148,7 +148,8 @@ def _prompts(settings: Any, limit: int | None = None) -> Iterator[Any]:
     else:
         rows = open_examples(Path(settings.data), "sft", on_bad_row=settings.on_bad_row, split=settings.split)
         number = min(len(rows), limit or len(rows))
-    yield from (rows[i] for i in range(number))
+    for row in (rows[i] for i in range(number)):
+        yield row["prompt"] if "prompt" in row else row["messages"][:-1]
 
 
 def _regenerate(settings: Any, path: Path, batch: int = 64) -> None:
@@ -160,7 +161,7 @@ def _regenerate(settings: Any, path: Path, batch: int = 64) -> None:
     from ..models.hf import load
     from ..models.tokenizer import load_tokenizer
 
-    rows = [row["prompt"] for row in _prompts(settings)]
+    rows = list(_prompts(settings))
     done = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
     sampling = Sampling(temperature=1.0, max_tokens=min(512, settings.batch.max_length // 2), seed=settings.seed)
     tokenizer = load_tokenizer(Path(settings.tokenizer or settings.model))
@@ -172,7 +173,9 @@ def _regenerate(settings: Any, path: Path, batch: int = 64) -> None:
         for first in range(done, len(rows), batch):
             part = rows[first : first + batch]
             for prompt, result in zip(part, engine.generate(part, sampling), strict=True):
-                text = result.outputs[0].text if result.outputs else ""
+                text: Any = result.outputs[0].text if result.outputs else ""
+                if not isinstance(prompt, str):
+                    text = [{"role": "assistant", "content": text}]
                 file.write(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(part))
@@ -192,7 +195,7 @@ def _evaluator(kind: str, settings: Any, options: Any) -> Any:
     from ..models.tokenizer import load_tokenizer
     from ..train.recipe import network_config
 
-    prompts = [row["prompt"] for row in _prompts(settings, limit=8)]
+    prompts = list(_prompts(settings, limit=8))
     tokenizer = load_tokenizer(Path(settings.tokenizer or settings.model))
 
     def evaluate(config: Any, target: Any, trained: Any) -> dict[str, float]:
