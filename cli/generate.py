@@ -5,7 +5,7 @@ import json as jsonlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -34,6 +34,7 @@ def generate(
     max_len: int | None = None,
     max_seqs: int = 8,
     speculation: Annotated[SpeculationConfig, tyro.conf.arg(name="")] = SpeculationConfig(),
+    speculate: Literal["auto", "on", "off"] = "auto",
     json: bool = False,
 ) -> int:
     """Continue prompts with a Hugging Face checkpoint.
@@ -58,6 +59,7 @@ def generate(
       max_len: tokens of prompt and answer together.
       max_seqs: sequences decoded at the same time.
       speculation: draft several tokens, judge them at once.
+      speculate: whether to draft; auto does so while it is faster than plain decoding.
       json: print one JSON object per answer.
     """
     from ..infer.engine import Engine
@@ -96,7 +98,9 @@ def generate(
     loaded = load(model, dtype=dtype, progress=sys.stderr.isatty())
     drafting = load_speculation(speculation, loaded.config)
     failed, live = False, len(inputs) == n == 1 and not json
-    with Engine(loaded, tokenizer, max_len=max_len, max_seqs=max_seqs, speculation=drafting) as engine:
+    with Engine(
+        loaded, tokenizer, max_len=max_len, max_seqs=max_seqs, speculation=drafting, speculate=speculate
+    ) as engine:
         first: str | None = None
         for delta in engine.generate(inputs, sampling, stream=True):
             first = delta.id if first is None else first

@@ -202,7 +202,7 @@ def _evaluator(kind: str, settings: Any, options: Any) -> Any:
         network, serving = network_config(kind, config, options), SpeculationConfig(draw="mode")
         drafter = with_drafter(serving, network)
         spec = Speculation(drafter, verify.coupled(), drafter_params(serving, network, trained))
-        with Engine(Model(config, target), tokenizer, speculation=spec) as engine:
+        with Engine(Model(config, target), tokenizer, speculation=spec, speculate="on") as engine:
             engine.generate(prompts, Sampling(temperature=0.0, max_tokens=64))
             return acceptance(engine.emitted_per_step())
 

@@ -38,8 +38,9 @@ from .requests import (
     split_prompts,
 )
 from .sampling import MAX_LOGPROBS, Sampling, pack_sampling
-from .speculative import loop
+from .speculative import controller, loop
 from .speculative.loop import Speculation
+from .speculative.verify import coupled
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ CHUNK, BUSY_CHUNK, STREAM_CHUNK = 32, 8, 4
 TOKENS_A_STEP = 4  # of speculative decoding, about: a call takes this many times fewer steps
 PREFILL_CHUNKS = 16, 64, 256  # positions per forward pass, by the longest prompt
 MIN_CAPACITY = 64
+_PACE = controller.ControllerConfig()
 _COUNTERS = (
     *("requests", "failed_requests", "prompt_tokens", "generated_tokens", "invalid_rows", "device_calls"),
     *("steps", "drafted_tokens", "accepted_tokens"),  # of speculative decoding
@@ -81,6 +83,7 @@ class Engine:
         logprobs_mode: device.LogprobsMode = "raw",
         seed: int = 0,
         speculation: Speculation | None = None,
+        speculate: Literal["auto", "on", "off"] = "auto",
     ):
         """Take a model into service.
 
@@ -94,6 +97,8 @@ class Engine:
           seed: of the stream that seeds requests without a seed of their own.
           speculation: a drafter and the rule that judges it. Under the rule `coupled` answers are those of plain
             decoding, token for token.
+          speculate: `auto` drafts while that is faster than plain decoding, by what calls have cost so far; under rules
+            other than `coupled`, whose answers would then depend on the clock, it is `on`.
 
         Raises:
           ValueError: for settings out of range, and for a drafter and a rule that would bias the output together.
@@ -106,7 +111,14 @@ class Engine:
             raise ValueError(f"Engine: logprobs_mode={logprobs_mode!r}; expected 'raw' or 'processed'.")
         if speculation is not None:
             loop.check(speculation.drafter, speculation.verifier)
-        self.config, self.tokenizer, self.speculation = model.config, tokenizer, speculation
+        if speculate not in ("auto", "on", "off"):
+            raise ValueError(f"Engine: speculate={speculate!r}; expected 'auto', 'on' or 'off'.")
+        self.config, self.tokenizer = model.config, tokenizer
+        self.speculation = None if speculate == "off" else speculation
+        self._weighs = speculate == "auto" and speculation is not None and speculation.verifier == coupled()
+        self._pace = controller.init(_PACE, (0, speculation.drafter.depth if speculation else 1))
+        self._compiled: set[tuple[int, ...]] = set()  # arms and shapes that have run: the first call says nothing
+        self._catch_up = 0.0  # seconds it took last
         self.max_len, self.max_seqs = max_len or model.config.max_positions, max_seqs
         self._params: Params | None = unstack_layers(model.params)
         self._kv_dtype, self._mode = kv_dtype, logprobs_mode
@@ -309,6 +321,7 @@ class _Call:
         self.biased = _bucket(max(len(r.sampling.logit_bias) for r in requests), 0)
         self.stops = _bucket(max(len(engine._eos | set(r.sampling.stop_token_ids)) for r in requests), 8)
         self.top_n = MAX_LOGPROBS if any(r.sampling.logprobs for r in requests) else 0
+        self.behind = False  # rows were decoded plainly since the drafter read them
         self.slots: list[_Slot | None] = [None] * self.batch
         self.answers: list[dict[int, tuple[Answer, Timings]]] = [{} for _ in requests]
         self.errors: dict[int, RequestError] = {}
@@ -380,13 +393,45 @@ class _Call:
         return loop.prefill(engine.config, self._weights(spec), spec.drafter, tokens, rows, **options)
 
     def _advance(self, state, rows: device.Rows, halt: np.ndarray, tokens: np.int32):
-        """Let every running row gain about this many tokens."""
+        """Let every running row gain about this many tokens, by drafting or plainly."""
         engine, spec = self.engine, self.engine.speculation
         if spec is None:
             return device.decode(engine.config, self.params, state, rows, halt, tokens, mode=engine._mode)
-        steps = np.int32(max(1, tokens // TOKENS_A_STEP))
-        args = self._weights(spec), spec.drafter, spec.verifier, state, rows, halt, steps
-        return loop.decode(engine.config, *args, mode=engine._mode)
+        running = self.batch - int(halt.sum())
+        price = (0.0, engine._catch_up if self.behind else 0.0)
+        arm = controller.choose(_PACE, engine._pace, running, price) if engine._weighs else 1
+        before, spent = _progress(state), 0.0
+        if arm and self.behind:
+            start, chunk = time.perf_counter(), self._prefill_chunk(self.capacity)
+            state = loop.catch_up(engine.config, self._weights(spec), spec.drafter, state, rows, chunk=chunk)
+            jax.block_until_ready(state.drafter)
+            spent = engine._catch_up = time.perf_counter() - start
+        start = time.perf_counter()
+        if arm:
+            steps = np.int32(max(1, tokens // TOKENS_A_STEP))
+            args = self._weights(spec), spec.drafter, spec.verifier, state, rows, halt, steps
+            state = loop.decode(engine.config, *args, mode=engine._mode)
+        else:
+            base = device.decode(engine.config, self.params, state.rows, rows, halt, tokens, mode=engine._mode)
+            state = state._replace(rows=base)
+        self.behind = not arm
+        filled, steps_made = (
+            new - old for new, old in zip(_progress(jax.block_until_ready(state)), before, strict=True)
+        )
+        key = (arm, self.batch, self.capacity, self.biased, self.stops, self.top_n)
+        engine._pace = controller.observe(
+            _PACE,
+            engine._pace,
+            arm,
+            max(running, 1),
+            max(1, int((steps_made if arm else filled).max())),
+            time.perf_counter() - start,
+            int(filled.sum()),
+            warm=key in engine._compiled,
+            catch_up=spent,
+        )
+        engine._compiled.add(key)
+        return state
 
     def _weights(self, spec: Speculation) -> loop.Weights:
         return loop.Weights(self.params, spec.drafter_params, spec.verifier_params)
@@ -479,6 +524,12 @@ class _Call:
     def _stop_ids(self, request: Request) -> frozenset[int]:
         eos = frozenset() if request.sampling.ignore_eos else self.engine._eos
         return eos | frozenset(request.sampling.stop_token_ids)
+
+
+def _progress(state: loop.SpeculativeState) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row, tokens so far, and steps of speculation so far."""
+    filled, emitted = jax.device_get((state.rows.filled, state.tally.emitted))
+    return filled, emitted.sum(1)
 
 
 def _bucket(n: int, least: int = 1) -> int:

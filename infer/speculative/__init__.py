@@ -6,7 +6,7 @@ grow.py        how trees grow from a drafter that reads several nodes at once
 draw.py        how logits become drafts, and whose noise that takes
 verify.py      which drafts are taken: rules as laws, exact or marked as lossy
 stop.py        when to stop drafting
-controller.py  never slower: which arm decodes next, learnt from the calls before (not wired to the engine yet)
+controller.py  never slower: which arm decodes next, learnt from the calls before
 drafters/      where drafts come from
 settings.py    what a user may ask for
 load.py        from there to a drafter and its rule

@@ -198,6 +198,24 @@ def decode(
     return jax.lax.while_loop(running, step, (jnp.int32(0), state._replace(rows=base)))[1]
 
 
+@functools.partial(jax.jit, static_argnames=("cfg", "drafter", "chunk"), donate_argnames=("state",))
+def catch_up(
+    cfg: DecoderConfig, weights: Weights, drafter: Drafter, state: SpeculativeState, rows: Rows, *, chunk: int
+) -> SpeculativeState:
+    """Let the drafter read texts that have grown without it, by plain decoding on `state.rows`.
+
+    Where it wants hidden states, the target reads the texts once more; its own cache stays as it is.
+    """
+    base = state.rows
+    features: tuple[Array, ...] = ()
+    if drafter.collect:
+        _, _, features = read_prompt(
+            cfg, weights.target, base.tokens, base.filled - 1, chunk=chunk, collect=drafter.collect
+        )
+    begun = drafter.init(weights.target, weights.drafter, _context(base, rows), features, chunk)
+    return state._replace(drafter=begun)
+
+
 # ------------------------------------------------------------------------------------------------------ parts of a step
 class Judged(NamedTuple):
     """Between the rule and the commit of a step: what `commit` needs."""

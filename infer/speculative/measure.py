@@ -101,7 +101,7 @@ def measure(
     """
     model = Model(model.config, unstack_layers(model.params))
     passes: dict[str, list[Pass]] = {"plain": [], "speculative": []}
-    make = lambda spec: Engine(model, tokenizer, max_seqs=batch, speculation=spec)
+    make = lambda spec: Engine(model, tokenizer, max_seqs=batch, speculation=spec, speculate="on")
     with make(None) as before, make(speculation) as after:
         engines = {"plain": before, "speculative": after}
         for turn in range(repeats + 1):
