@@ -11,7 +11,7 @@ from jaxaroo.infer.decode import RUNNING
 from jaxaroo.infer.speculative import loop, verify
 from jaxaroo.infer.speculative.drafters.eagle import make_drafter
 from jaxaroo.models import eagle
-from jaxaroo.models.decoder import forward
+from jaxaroo.models.decoder import forward, lm_head
 from jaxaroo.models.eagle import EagleConfig
 
 TREE = dict(nodes=14, beam=4, levels=3)
@@ -84,6 +84,46 @@ def test_the_state_is_what_a_fresh_reading_of_the_text_gives(bench, steps):
         mine, theirs = state.drafter.cache.layers[0], want.cache.layers[0]
         np.testing.assert_allclose(mine.k[row, :pairs], theirs.k[row, :pairs], atol=2e-5)
         np.testing.assert_allclose(mine.v[row, :pairs], theirs.v[row, :pairs], atol=2e-5)
+
+
+def test_every_node_hangs_where_an_uncached_reading_of_its_path_puts_it(bench):
+    """Children are the likeliest tokens behind the pairs of the text and of the path, one behind the other."""
+    target = bench.targets["llama"]
+    cfg, params = drafter_of(target)
+    weights, drafter = bench.weights("llama"), make_drafter(cfg, draw="mode", nodes=137, beam=8, levels=3)  # all of it
+    tokens, rows = bench.pack()
+    state = loop.prefill(target, loop.Weights(weights, params, ()), drafter, tokens, rows, chunk=16)
+    at = state.rows
+    context = loop.Context(at.tokens, at.filled, at.status == 0, at.cache, rows.sampling, at.counts)
+    tree, _, _ = jax.jit(drafter.propose)(weights, params, state.drafter, context)
+    row, pairs, T = 2, int(at.filled[2]) - 1, 16
+    text = at.tokens[row : row + 1, : T + 1]
+    positions = jnp.arange(T)[None]
+    true = forward(target, weights, text[:, :T], positions).hidden
+
+    @jax.jit
+    def say(features, following):
+        hidden = eagle.forward(cfg, params, weights, features, following, positions).hidden
+        return hidden, lm_head(target, weights, hidden)
+
+    @functools.cache
+    def behind(path):
+        """Feature and logits behind a path, its guessed features put where true ones would stand."""
+        features, following = true, text[:, 1:]
+        for i, token in enumerate(path):
+            guessed = say(features, following)[0][:, pairs - 1 + i]
+            features = features.at[:, pairs + i].set(guessed)
+            following = following.at[:, pairs + i].set(token)
+        return say(features, following)[1][0, pairs - 1 + len(path)]
+
+    paths, seen = [()], 0
+    for node in range(1, drafter.nodes):
+        parent = paths[int(tree.parent[row, node])]
+        ranked = jnp.argsort(-behind(parent))
+        assert tree.tokens[row, node] == ranked[tree.order[row, node]]
+        paths.append((*parent, int(tree.tokens[row, node])))
+        seen += len(parent) > 1
+    assert seen > 1  # nodes of the third level, which hang on guesses of guesses
 
 
 def test_settings_are_traced(bench):
