@@ -38,6 +38,14 @@ def dtype_promotion(request):
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def let_go_of_programs():
+    """Each compiled program maps pieces of memory, and Linux gives a process 65,530 of them: the whole suite in one
+    process needs more, and ends in a segmentation fault."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)

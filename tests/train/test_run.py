@@ -20,6 +20,7 @@ from jaxaroo.train.checkpoint import CheckpointConfig
 from jaxaroo.train.data.pipeline import BatchConfig
 from jaxaroo.train.metrics import read_records
 from jaxaroo.train.optimizer import OptimizerConfig
+from jaxaroo.train.recipe import SftOptions
 
 pytestmark = pytest.mark.optimizer
 STEPS = 24
@@ -110,8 +111,8 @@ def test_a_run_leaves_a_model_its_settings_metrics_and_a_curve(undisturbed):
     assert rates[0] == pytest.approx(2e-3)
     assert rates[-1] == pytest.approx(2e-4)
     assert (undisturbed / "loss.png").stat().st_size > 1000
-    kind, cfg = run.read_run(undisturbed)
-    assert kind == "sft"
+    kind, cfg, options = run.read_run(undisturbed)
+    assert (kind, options) == ("sft", SftOptions())
     assert cfg == settings(undisturbed, dtype="float32")
     assert sorted(int(p.name) for p in (undisturbed / "checkpoints").iterdir()) == [15, 20, 24]
 
