@@ -162,8 +162,11 @@ def _regenerate(settings: Any, path: Path, batch: int = 64) -> None:
     from ..models.tokenizer import load_tokenizer
 
     rows = list(_prompts(settings))
-    done = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
-    sampling = Sampling(temperature=1.0, max_tokens=min(512, settings.batch.max_length // 2), seed=settings.seed)
+    whole = path.read_bytes() if path.exists() else b""
+    whole = whole[: whole.rfind(b"\n") + 1]  # a killed process may have left half a line
+    path.write_bytes(whole)
+    done = whole.count(b"\n")
+    sampling = Sampling(temperature=1.0, max_tokens=min(512, settings.batch.max_length // 2))
     tokenizer = load_tokenizer(Path(settings.tokenizer or settings.model))
     with (
         Engine(load(settings.model, dtype=settings.dtype), tokenizer, max_seqs=batch) as engine,
@@ -172,7 +175,8 @@ def _regenerate(settings: Any, path: Path, batch: int = 64) -> None:
     ):
         for first in range(done, len(rows), batch):
             part = rows[first : first + batch]
-            for prompt, result in zip(part, engine.generate(part, sampling), strict=True):
+            each = [dataclasses.replace(sampling, seed=settings.seed + first + i) for i in range(len(part))]
+            for prompt, result in zip(part, engine.generate(part, each), strict=True):
                 text: Any = result.outputs[0].text if result.outputs else ""
                 if not isinstance(prompt, str):
                     text = [{"role": "assistant", "content": text}]

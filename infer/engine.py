@@ -397,9 +397,10 @@ class _Call:
         engine, spec = self.engine, self.engine.speculation
         if spec is None:
             return device.decode(engine.config, self.params, state, rows, halt, tokens, mode=engine._mode)
+        if not engine._weighs:
+            return self._draft(spec, state, rows, halt, tokens)
         running = self.batch - int(halt.sum())
-        price = (0.0, engine._catch_up if self.behind else 0.0)
-        arm = controller.choose(_PACE, engine._pace, running, price) if engine._weighs else 1
+        arm = controller.choose(_PACE, engine._pace, running, (0.0, engine._catch_up if self.behind else 0.0))
         before, spent = _progress(state), 0.0
         if arm and self.behind:
             start, chunk = time.perf_counter(), self._prefill_chunk(self.capacity)
@@ -408,23 +409,19 @@ class _Call:
             spent = engine._catch_up = time.perf_counter() - start
         start = time.perf_counter()
         if arm:
-            steps = np.int32(max(1, tokens // TOKENS_A_STEP))
-            args = self._weights(spec), spec.drafter, spec.verifier, state, rows, halt, steps
-            state = loop.decode(engine.config, *args, mode=engine._mode)
+            state = self._draft(spec, state, rows, halt, tokens)
         else:
             base = device.decode(engine.config, self.params, state.rows, rows, halt, tokens, mode=engine._mode)
             state = state._replace(rows=base)
         self.behind = not arm
-        filled, steps_made = (
-            new - old for new, old in zip(_progress(jax.block_until_ready(state)), before, strict=True)
-        )
+        filled, steps = (new - old for new, old in zip(_progress(jax.block_until_ready(state)), before, strict=True))
         key = (arm, self.batch, self.capacity, self.biased, self.stops, self.top_n)
         engine._pace = controller.observe(
             _PACE,
             engine._pace,
             arm,
             max(running, 1),
-            max(1, int((steps_made if arm else filled).max())),
+            max(1, int((steps if arm else filled).max())),
             time.perf_counter() - start,
             int(filled.sum()),
             warm=key in engine._compiled,
@@ -432,6 +429,11 @@ class _Call:
         )
         engine._compiled.add(key)
         return state
+
+    def _draft(self, spec: Speculation, state, rows: device.Rows, halt: np.ndarray, tokens: np.int32):
+        steps = np.int32(max(1, tokens // TOKENS_A_STEP))
+        args = self._weights(spec), spec.drafter, spec.verifier, state, rows, halt, steps
+        return loop.decode(self.engine.config, *args, mode=self.engine._mode)
 
     def _weights(self, spec: Speculation) -> loop.Weights:
         return loop.Weights(self.params, spec.drafter_params, spec.verifier_params)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from ..sampling import Counts, SamplingArrays, gumbel, warp
 
 Draw = Literal["mode", "shared", "independent", "without_replacement"]
-DRAFT_STREAM = 0x5EED_D4AF  # told apart from positions, which stay below 2**31 - 2**28
+DRAFT_STREAM = 0x5EED_D4AF  # folded in where plain decoding folds in a position: no text is so long
 
 
 def draft_logits(

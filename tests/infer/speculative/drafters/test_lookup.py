@@ -41,8 +41,8 @@ def test_one_row_alone(bench):
     bench.check_identity(make_drafter(6), verify.coupled(), only=2)
 
 
-def test_a_loop_of_greedy_text_is_copied_whole(bench):
-    """A tiny greedy model soon repeats itself; then every step emits all that was drafted and one more."""
+def test_text_that_repeats_itself_takes_fewer_steps(bench):
+    """A tiny greedy model soon repeats itself, and then copies pay."""
     plain = bench.plain()
     ran = bench.drafted(make_drafter(6), verify.coupled())
     steps = ran.tally.emitted[0].sum()
