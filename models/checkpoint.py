@@ -30,7 +30,7 @@ from flax import nnx
 
 from .decoder import DecoderConfig, Params
 from .hf_config import inside
-from .safetensors import CheckpointError, TensorInfo, read_index, read_json, read_tensor, write
+from .safetensors import CheckpointError, TensorInfo, read_index, read_json, read_tensor, swap_in, write
 
 Config = TypeVar("Config")
 PREFIX = "jaxaroo-"  # of every model_type here
@@ -69,7 +69,7 @@ def save(folder: Path | str, kind: str, config: Any, params: Params, *, overwrit
         partial.mkdir()
         (partial / "config.json").write_text(text, encoding="utf-8")
         write(partial, specs, lambda name: np.asarray(flat[name]))
-        _swap_in(partial, folder)
+        swap_in(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -236,18 +236,3 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return type(value) in (int, float)
     return type(value) is hint
-
-
-def _swap_in(partial: Path, folder: Path) -> None:
-    """Put the finished folder in place; an old one is removed only after the new one stands."""
-    if not folder.exists():
-        os.replace(partial, folder)
-        return
-    old = folder.with_name(f".{secrets.token_hex(8)}.old")
-    os.replace(folder, old)
-    try:
-        os.replace(partial, folder)
-    except BaseException:
-        os.replace(old, folder)
-        raise
-    shutil.rmtree(old) if old.is_dir() else old.unlink()

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ..sharding.rules import REPLICATED, Rules, divisible
 from .decoder import DecoderConfig, Model, Params, param_axes, param_shapes
 from .hf_config import ARCHITECTURES, canonical, config_to_hf, inside, read_config
-from .safetensors import CheckpointError, TensorInfo, read_index, read_json, read_rows, read_tensor, write
+from .safetensors import CheckpointError, TensorInfo, read_index, read_json, read_rows, read_tensor, swap_in, write
 
 DType = Literal["float32", "bfloat16", "float16", "stored"]
 
@@ -275,7 +275,7 @@ def save(
         partial.mkdir()
         _write_config(partial, cfg, specs["model.embed_tokens.weight"][0].name, like)
         write(partial, specs, get, max_shard_bytes=max_shard_bytes)
-        _swap_in(partial, folder)
+        swap_in(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -311,21 +311,6 @@ def _write_config(folder: Path, cfg: DecoderConfig, dtype: str, like: Path | str
             if path.is_file() and (same_eos or name != "generation_config.json"):  # it would bring the old ones back
                 shutil.copyfile(path, folder / name)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _swap_in(partial: Path, folder: Path) -> None:
-    """Put the finished folder in place; an old one is removed only after the new one stands."""
-    if not folder.exists():
-        os.replace(partial, folder)
-        return
-    old = folder.with_name(f".{secrets.token_hex(8)}.old")
-    os.replace(folder, old)
-    try:
-        os.replace(partial, folder)
-    except BaseException:
-        os.replace(old, folder)
-        raise
-    shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 # ----------------------------------------------------------------------------------------------------------- private

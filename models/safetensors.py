@@ -10,6 +10,7 @@ import math
 import os
 import reprlib
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from io import BufferedReader
@@ -175,6 +176,21 @@ def write(
             undo.callback(path.unlink, missing_ok=True)
             os.replace(temp, path)
         undo.pop_all()
+
+
+def swap_in(partial: Path, folder: Path) -> None:
+    """Put the finished folder in place; an old one is removed only after the new one stands."""
+    if not folder.exists():
+        os.replace(partial, folder)
+        return
+    old = folder.with_name(f".{secrets.token_hex(8)}.old")
+    os.replace(folder, old)
+    try:
+        os.replace(partial, folder)
+    except BaseException:
+        os.replace(old, folder)
+        raise
+    shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def _plan(folder: Path, specs: Mapping[str, Any], limit: int, metadata: dict[str, str]) -> list[_File]:
