@@ -23,6 +23,7 @@ from ...models.kangaroo import KangarooConfig
 from ...sharding.rules import REPLICATED, Rules
 from ..data.pipeline import Batch
 from ..step import LossFn, Term, Terms
+from .logprobs import segment_mask
 
 
 class Agreement(NamedTuple):
@@ -103,9 +104,7 @@ def run(
     remat: Remat = "none",
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
     """The target's last states and the adapter's, for packed or padded rows; a token sees its own segment alone."""
-    positions, segments = batch.positions, batch.segments
-    before = positions[:, :, None] >= positions[:, None, :]
-    mask = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, :, None] & before
+    positions, mask = batch.positions, segment_mask(batch)
     out = forward(
         cfg.target,
         target,

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ...jaxlib_ext.token_stats import token_stats
 from ...models.decoder import DecoderConfig, Params, Remat, forward
@@ -18,14 +18,19 @@ class Scores(NamedTuple):
     hidden: Float[Array, "B T D"]  # behind the final norm
 
 
+def segment_mask(batch: Batch) -> Bool[Array, "B T T"]:
+    """A token sees those before it in its own segment; padding sees nothing."""
+    positions, segments = batch.positions, batch.segments
+    before = positions[:, :, None] >= positions[:, None, :]
+    return (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, :, None] & before
+
+
 def score_targets(
     cfg: DecoderConfig, params: Params, batch: Batch, *, rules: Rules = REPLICATED, remat: Remat = "none"
 ) -> Scores:
     """Run the decoder on packed or padded rows; a token sees those before it in its own segment."""
     B, T = batch.tokens.shape
-    positions, segments = batch.positions, batch.segments
-    before = batch.positions[:, :, None] >= batch.positions[:, None, :]
-    mask = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, :, None] & before
+    positions, mask = batch.positions, segment_mask(batch)
     hidden = forward(
         cfg, params, batch.tokens, positions, mask, key_positions=positions, remat=remat, rules=rules
     ).hidden
