@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, overload
 
@@ -39,7 +39,7 @@ from .requests import (
 )
 from .sampling import MAX_LOGPROBS, Sampling, pack_sampling
 from .speculative import controller, loop
-from .speculative.loop import Speculation
+from .speculative.loop import Drafter, Speculation
 from .speculative.verify import coupled
 
 log = logging.getLogger(__name__)
@@ -97,8 +97,8 @@ class Engine:
           seed: of the stream that seeds requests without a seed of their own.
           speculation: a drafter and the rule that judges it. Under the rule `coupled` answers are those of plain
             decoding, token for token.
-          speculate: `auto` drafts while that is faster than plain decoding, by what calls have cost so far; under rules
-            other than `coupled`, whose answers would then depend on the clock, it is `on`.
+          speculate: `auto` drafts while that is faster than plain decoding, and as far as pays best, by what calls have
+            cost so far; under rules other than `coupled`, whose answers would then depend on the clock, it is `on`.
 
         Raises:
           ValueError: for settings out of range, and for a drafter and a rule that would bias the output together.
@@ -109,14 +109,15 @@ class Engine:
             raise ValueError(f"Engine: max_seqs={max_seqs}; expected at least 1.")
         if logprobs_mode not in ("raw", "processed"):
             raise ValueError(f"Engine: logprobs_mode={logprobs_mode!r}; expected 'raw' or 'processed'.")
-        if speculation is not None:
-            loop.check(speculation.drafter, speculation.verifier)
+        arms = speculation.arms if speculation else ()
+        for drafter in arms:
+            loop.check(drafter, speculation.verifier)  # type: ignore[union-attr]
         if speculate not in ("auto", "on", "off"):
             raise ValueError(f"Engine: speculate={speculate!r}; expected 'auto', 'on' or 'off'.")
         self.config, self.tokenizer = model.config, tokenizer
         self.speculation = None if speculate == "off" else speculation
         self._weighs = speculate == "auto" and speculation is not None and speculation.verifier == coupled()
-        self._pace = controller.init(_PACE, (0, speculation.drafter.depth if speculation else 1))
+        self._pace = controller.init(_PACE, (0, *(drafter.depth for drafter in arms)))
         self._compiled: set[tuple[int, ...]] = set()  # arms and shapes that have run: the first call says nothing
         self._catch_up = 0.0  # seconds it took last
         self.max_len, self.max_seqs = max_len or model.config.max_positions, max_seqs
@@ -315,7 +316,8 @@ class _Call:
         self.began = time.perf_counter()
         self.waiting = deque((r, i) for r in range(len(requests)) for i in range(requests[r].sampling.n))
         total = max(len(r.token_ids) + r.max_tokens for r in requests)
-        self.drafts = engine.speculation.drafter.nodes if engine.speculation else 0  # slots behind the text
+        arms = engine.speculation.arms if engine.speculation else ()
+        self.drafts = max((drafter.nodes for drafter in arms), default=0)  # slots behind the text
         self.capacity = _capacity(total + self.drafts)
         self.batch = min(_bucket(len(self.waiting)), engine.max_seqs)
         self.biased = _bucket(max(len(r.sampling.logit_bias) for r in requests), 0)
@@ -325,7 +327,6 @@ class _Call:
         self.slots: list[_Slot | None] = [None] * self.batch
         self.answers: list[dict[int, tuple[Answer, Timings]]] = [{} for _ in requests]
         self.errors: dict[int, RequestError] = {}
-        _check_memory(engine, self.batch, self.capacity)
 
     def deltas(self) -> Iterator[Delta]:
         """Run until every sample has ended."""
@@ -370,8 +371,12 @@ class _Call:
             limit=_int32([len(q.token_ids) + q.max_tokens for q in requests] + [0] * pad),
             stop_ids=_int32(stop_ids),
         )
+        chunk = self._prefill_chunk(longest)
+        if state is None:
+            planned = lambda: self._prefill(tokens, new_rows, chunk)
+            _check_memory(engine._live_params(), self.batch, self.capacity, planned)
         with engine._lock:
-            new_state = self._prefill(tokens, new_rows, self._prefill_chunk(longest))
+            new_state = self._prefill(tokens, new_rows, chunk)
             if state is None:
                 state, rows = new_state, new_rows
             else:
@@ -398,9 +403,10 @@ class _Call:
         if spec is None:
             return device.decode(engine.config, self.params, state, rows, halt, tokens, mode=engine._mode)
         if not engine._weighs:
-            return self._draft(spec, state, rows, halt, tokens)
+            return self._draft(spec, spec.drafter, state, rows, halt, tokens)
         running = self.batch - int(halt.sum())
-        arm = controller.choose(_PACE, engine._pace, running, (0.0, engine._catch_up if self.behind else 0.0))
+        price = engine._catch_up if self.behind else 0.0
+        arm = controller.choose(_PACE, engine._pace, running, (0.0, *[price] * len(spec.arms)))
         before, spent = _progress(state), 0.0
         if arm and self.behind:
             start, chunk = time.perf_counter(), self._prefill_chunk(self.capacity)
@@ -409,7 +415,7 @@ class _Call:
             spent = engine._catch_up = time.perf_counter() - start
         start = time.perf_counter()
         if arm:
-            state = self._draft(spec, state, rows, halt, tokens)
+            state = self._draft(spec, spec.arms[arm - 1], state, rows, halt, tokens)
         else:
             base = device.decode(engine.config, self.params, state.rows, rows, halt, tokens, mode=engine._mode)
             state = state._replace(rows=base)
@@ -430,9 +436,9 @@ class _Call:
         engine._compiled.add(key)
         return state
 
-    def _draft(self, spec: Speculation, state, rows: device.Rows, halt: np.ndarray, tokens: np.int32):
+    def _draft(self, spec: Speculation, drafter: Drafter, state, rows: device.Rows, halt: np.ndarray, tokens: np.int32):
         steps = np.int32(max(1, tokens // TOKENS_A_STEP))
-        args = self._weights(spec), spec.drafter, spec.verifier, state, rows, halt, steps
+        args = self._weights(spec), drafter, spec.verifier, state, rows, halt, steps
         return loop.decode(self.engine.config, *args, mode=self.engine._mode)
 
     def _weights(self, spec: Speculation) -> loop.Weights:
@@ -555,16 +561,19 @@ def _logprob(token: int, scores: Any, at: tuple[int, int], top: int) -> TokenLog
     return TokenLogprob(token, float(scores.chosen[at]), tuple(pairs))
 
 
-def _check_memory(engine: Engine, batch: int, capacity: int) -> None:
-    """Refuse a cache that cannot fit, before the device says so in its own words."""
-    cfg, free = engine.config, _free_bytes(engine._live_params())
-    width = jax.numpy.dtype(engine._kv_dtype or cfg.dtype).itemsize
-    need = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * batch * capacity * width
-    if free is not None and need > free:
+def _check_memory(params: Params, batch: int, capacity: int, prefill: Callable[[], Any]) -> None:
+    """Refuse a state that cannot fit, caches of a drafter included, before the device says so in its own words."""
+    if (free := _free_bytes(params)) is None:
+        return
+    if (need := _bytes_of(jax.eval_shape(prefill))) > free:
         raise MemoryError(
             f"generate: the cache of {batch} sequences of {capacity} tokens needs {need / 2**30:.2f} GiB; "
             f"{free / 2**30:.2f} GiB are free. Lower max_seqs or max_tokens, or set kv_dtype."
         )
+
+
+def _bytes_of(state: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def _free_bytes(params: Params) -> int | None:

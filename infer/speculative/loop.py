@@ -101,6 +101,12 @@ class Speculation(NamedTuple):
     verifier: Verifier
     drafter_params: Any = ()
     verifier_params: Any = ()
+    shorter: tuple[Drafter, ...] = ()  # the same drafter with less to draft, the shortest first; its state serves all
+
+    @property
+    def arms(self) -> tuple[Drafter, ...]:
+        """All that may draft, by depth."""
+        return (*self.shorter, self.drafter)
 
 
 class Tally(NamedTuple):

@@ -1,12 +1,14 @@
 """An engine that drafts answers as one that does not: refilled slots, streams, and drafting on and off in between."""
 
 import functools
+import itertools
 import random
 
 import jax
 import numpy as np
 import pytest
 
+from jaxaroo.infer import engine as engine_module
 from jaxaroo.infer.decode import Rows, decode
 from jaxaroo.infer.engine import Engine
 from jaxaroo.infer.sampling import Sampling, pack_sampling
@@ -91,6 +93,44 @@ def test_drafting_that_comes_and_goes_changes_nothing(monkeypatch):
     assert len(caught_up) > 1
     assert stats["accepted_tokens"] > 0
     assert stats["steps"] + stats["accepted_tokens"] < sum(len(a) for r in plainly() for a in r)  # some were plain
+
+
+def test_shorter_drafts_share_the_state_of_longer_ones(monkeypatch):
+    """Plainly, a level of drafts, three levels, and again: the same answers, and each arm drafts what it is made to."""
+    long = drafting()
+    short = eagle.make_drafter(EagleConfig(target=CFG), nodes=4, beam=3, levels=1, draw="shared")
+    turns = itertools.cycle((0, 1, 2, 1))
+    monkeypatch.setattr(controller, "choose", lambda *args: next(turns))
+    with Engine(model(), max_seqs=4, speculation=long._replace(shorter=(short,))) as engine:
+        assert engine._pace.depths == (0, 1, 3)
+        assert answers(engine.generate(PROMPTS, SAMPLINGS)) == plainly()
+        stats, emitted = engine.stats(), engine.emitted_per_step()
+    assert 3 * stats["steps"] < stats["drafted_tokens"] < 7 * stats["steps"]  # trees of 4 nodes, and trees of 8
+    assert stats["accepted_tokens"] > 0
+    assert len(emitted) == 5
+
+
+@pytest.mark.errors
+def test_a_shorter_drafter_that_is_not_shorter_is_refused():
+    with pytest.raises(ValueError, match="then growing ones"):
+        Engine(model(), speculation=drafting()._replace(shorter=(drafting().drafter,)))
+
+
+@pytest.mark.errors
+def test_the_drafters_cache_counts_when_memory_is_short(monkeypatch):
+    asked = []
+    real = engine_module._bytes_of
+    monkeypatch.setattr(engine_module, "_free_bytes", lambda params: 0)
+    monkeypatch.setattr(engine_module, "_bytes_of", lambda state: asked.append(real(state)) or asked[-1])
+    for spec in (None, drafting()):  # both in 64 slots
+        with (
+            pytest.raises(MemoryError, match="of 1 sequences of 64 tokens"),
+            Engine(model(), speculation=spec) as engine,
+        ):
+            engine.generate([[5, 9, 1]], Sampling(max_tokens=20))
+    keys_and_values = 2 * (64 + 3 * 2) * CFG.num_kv_heads * CFG.head_dim  # a tree of three levels reads two, of three
+    last, length, tally = CFG.embed_dim, 1, 3 + 2 + 1
+    assert asked[1] - asked[0] == 4 * (keys_and_values + last + length + tally)
 
 
 def test_catching_up_is_beginning_anew():
