@@ -109,40 +109,51 @@ def measure(
                 passes[name].append(_run(engine, questions, sampling, batch))
             progress(turn + 1, repeats + 1)
     counted = {name: all_[1:] for name, all_ in passes.items()}
-    parts = time_parts(model, tokenizer, speculation, questions[:batch], sampling)
+    parts = time_parts(model, speculation, [tokenizer.encode(q.turns[0]) for q in questions[:batch]], sampling)
     return _report(model, speculation, questions, sampling, batch, counted, parts)
 
 
 def time_parts(
     model: Model,
-    tokenizer: Tokenizer,
     speculation: Speculation,
-    questions: Sequence[Question],
+    prompts: Sequence[Sequence[int]],
     sampling: Sampling,
+    *,
     steps: int = 32,
+    capacity: int | None = None,
 ) -> dict[str, float]:
     """Seconds of a plain step, and of drafting, judging and committing, each a call that is waited for.
 
     Medians over steps that all rows were running in.
+
+    Args:
+      model: the target.
+      speculation: drafter and rule.
+      prompts: token ids of each row.
+      sampling: of all rows.
+      steps: to take, fewer if rows end.
+      capacity: slots of the caches, for a step reads them all; as few as will do when not given.
     """
-    cfg, (drafter, verifier, drafter_params, verifier_params) = model.config, speculation
-    weights = Weights(model.params, drafter_params, verifier_params)
-    ids = [tokenizer.encode(q.turns[0]) for q in questions]
-    longest = max(map(len, ids))
-    room = steps * (drafter.depth + 2)
-    capacity = -(-(longest + room + drafter.nodes) // 64) * 64
-    tokens = np.zeros((len(ids), capacity), np.int32)
-    for row, text in enumerate(ids):
+    cfg, drafter, verifier = model.config, speculation.drafter, speculation.verifier
+    weights = Weights(model.params, speculation.drafter_params, speculation.verifier_params)
+    longest = max(map(len, prompts))
+    room = steps * (drafter.depth + 2) if capacity is None else capacity - longest - drafter.nodes
+    capacity = capacity or -(-(longest + room + drafter.nodes) // 64) * 64
+    tokens = np.zeros((len(prompts), capacity), np.int32)
+    for row, text in enumerate(prompts):
         tokens[row, : len(text)] = text
-    length = np.array([len(text) for text in ids], np.int32)
+    length = np.array([len(text) for text in prompts], np.int32)
     rows = plain.Rows(
-        pack_sampling([(sampling, sampling.seed or 0, 0)] * len(ids), 0, cfg.vocab_size),
+        pack_sampling([(sampling, sampling.seed or 0, 0)] * len(prompts), 0, cfg.vocab_size),
         length,  # type: ignore[arg-type]
         length + np.int32(room),  # type: ignore[arg-type]
-        np.full((len(ids), 1), -1, np.int32),  # type: ignore[arg-type]
+        np.full((len(prompts), 1), -1, np.int32),  # type: ignore[arg-type]
     )
-    no_halt, one = np.zeros(len(ids), bool), np.int32(1)
-    draft = jax.jit(lambda w, s, r: loop.draft(w, drafter, s, r))
+    no_halt, one = np.zeros(len(prompts), bool), np.int32(1)
+    draft = jax.jit(  # caches are written in place, as they are in the loop
+        lambda w, cache, d, s, r: loop.draft(w, drafter, s._replace(drafter=d, rows=s.rows._replace(cache=cache)), r),
+        donate_argnums=(1, 2),
+    )
     judge = jax.jit(lambda w, s, r, tree: loop.judge(cfg, w, drafter, verifier, s, r, tree, "raw"), donate_argnums=1)
     commit = jax.jit(  # what it reads of the judged, but for their rows, nothing can be written over
         lambda w, d, t, s, j, r: loop.commit(w, drafter, d, t, j._replace(rows=s), r), donate_argnums=(1, 2, 3)
@@ -161,12 +172,14 @@ def time_parts(
         ordinary = timed("plain", lambda s=ordinary: plain.decode(cfg, model.params, s, rows, no_halt, one))
         if not bool(np.all(np.asarray(state.rows.status) == plain.RUNNING)):
             break
-        tree, drafting, cache = timed("draft", lambda s=state: draft(weights, s, rows))
+        cache, drafting = state.rows.cache, state.drafter
+        rest = state._replace(drafter=None, rows=state.rows._replace(cache=None))
+        tree, drafting, cache = timed("draft", lambda c=cache, d=drafting, s=rest: draft(weights, c, d, s, rows))
         base = state.rows._replace(cache=cache)
         judged = timed("verify", lambda b=base, t=tree: judge(weights, b, rows, t))
-        rest = judged._replace(rows=None)
+        told = judged._replace(rows=None)
         state = timed(
-            "commit", lambda d=drafting, t=state.tally, s=judged.rows, j=rest: commit(weights, d, t, s, j, rows)
+            "commit", lambda d=drafting, t=state.tally, s=judged.rows, j=told: commit(weights, d, t, s, j, rows)
         )
     return {name: statistics.median(all_[2:] or all_) for name, all_ in spent.items()}  # the first ones compiled
 
