@@ -98,6 +98,7 @@ def load(
     *,
     dtype: DType | None = None,
     stacked: bool = False,
+    headless: bool = False,
     mesh: Mesh | None = None,
     rules: Rules = REPLICATED,
     progress: bool = False,
@@ -109,6 +110,7 @@ def load(
       dtype: of parameters and activations; "stored" keeps each tensor as the file has it. None is float32 on CPU and
         bfloat16 on an accelerator.
       stacked: stack the layers, for training; else one tree per layer, for decoding.
+      headless: only what stands under `model.`: of a folder with another head than that of a language model.
       mesh: where the parameters go; None is the default device.
       rules: which mesh axes each parameter lies on.
       progress: show a bar.
@@ -119,7 +121,9 @@ def load(
     """
     folder = Path(folder)
     cfg = read_config(folder)
-    sources = _match(cfg, folder)
+    if headless:  # a tied head needs no tensor
+        cfg = dataclasses.replace(cfg, tie_embeddings=True)
+    sources = _match(cfg, folder, headless=headless)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in (*_FLOATS, "stored"):
@@ -160,7 +164,7 @@ class _Source(NamedTuple):
     axes: str
 
 
-def _match(cfg: DecoderConfig, folder: Path, headers_only: bool = False) -> list[_Source]:
+def _match(cfg: DecoderConfig, folder: Path, headers_only: bool = False, headless: bool = False) -> list[_Source]:
     """Pair every parameter with its tensor, or say all that is wrong."""
     index = read_index(folder)
     wrong, sources = [], []
@@ -177,6 +181,8 @@ def _match(cfg: DecoderConfig, folder: Path, headers_only: bool = False) -> list
         sources.append(_Source(info, path, layer, axes))
     for name in sorted(index.keys() - wanted.keys()):
         if name.endswith("rotary_emb.inv_freq"):  # old exports carry it; it follows from the config
+            continue
+        if headless and not name.startswith("model."):
             continue
         if name == "lm_head.weight" and _same(index[name], index.get("model.embed_tokens.weight"), headers_only):
             continue  # some exports write a tied head twice

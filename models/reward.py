@@ -1,0 +1,276 @@
+"""A reward model: a decoder that says behind every step of a solution how good the step is.
+
+    prompt  step 1 [sep]  step 2 [sep]  ...        score_i = sigmoid(z_i), read at the separator behind step i
+
+token_pair  z = head[good] . h - head[bad] . h: the logits that the LM head gives two tokens, so nothing is added to the
+            network (Math-Shepherd, 2312.08935; AdaptiveStep, 2502.13943).
+value       z = u . r(h) + c, or the difference of two such outputs, the second for "good"; r is nothing, or
+            ReLU(W h + b) (Qwen2.5-Math-PRM, 2501.07301, has ReLU and two outputs).
+
+h is the last hidden state, behind the final norm. Attention is causal, so one forward pass over a whole solution gives
+the scores of all its steps, each what scoring the prefix alone would give.
+
+A folder is that of the decoder, in Hugging Face's form, with `reward/` inside: `config.json` and `model.safetensors` of
+`checkpoint.py`. Published models of the Qwen2.5-Math-PRM kind are read as they are. Weights are [out, in].
+"""
+
+import dataclasses
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from . import checkpoint, hf
+from .checkpoint import rebuild_config
+from .decoder import DecoderConfig, Model, Params, constant, weight
+from .safetensors import CheckpointError, read_index, read_tensor, swap_in
+from .tokenizer import Tokenizer, load_tokenizer
+
+KIND = "reward"
+FOLDER = "reward"
+_PUBLISHED = {"first": "score.0", "last": "score.2"}  # of Qwen2.5-Math-PRM; its separator is "<extra_0>"
+_PUBLISHED_SEPARATOR = "<extra_0>"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """What reads the scores, and where."""
+
+    target: DecoderConfig  # the decoder
+    separator: int  # token id behind each step
+    kind: Literal["token_pair", "value"] = "value"
+    good: int | None = None  # token ids, of kind token_pair
+    bad: int | None = None
+    inner: int | None = None  # width of the ReLU layer, of kind value; None for a linear head
+    outputs: int = 1  # 1, or 2 for the classes bad and good
+
+    def __post_init__(self):
+        pair, V = (self.good, self.bad), self.target.vocab_size
+        if (self.kind == "token_pair") != (None not in pair) or (self.kind == "value") != (pair == (None, None)):
+            raise ValueError(
+                f"RewardConfig: kind={self.kind!r} with good={self.good}, bad={self.bad}; expected both tokens for "
+                "token_pair and none for value."
+            )
+        wrong = [i for i in (self.separator, *pair) if i is not None and not 0 <= i < V]
+        if wrong or (self.kind == "token_pair" and self.good == self.bad):
+            raise ValueError(f"RewardConfig: token ids {wrong or pair}; expected different ones below {V}.")
+        if self.outputs not in (1, 2) or (self.inner is not None and self.inner < 1):
+            raise ValueError(f"RewardConfig: inner={self.inner}, outputs={self.outputs}; expected a width, and 1 or 2.")
+
+
+class RewardModel(NamedTuple):
+    """A decoder with what reads its scores."""
+
+    config: RewardConfig
+    params: Params  # {"model": those of the decoder, "head": those of the value head, or nothing}
+
+
+class Rendered(NamedTuple):
+    """A solution as tokens."""
+
+    ids: list[int]
+    ends: list[int]  # where the separator of each step stands
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+def render_steps(tokenizer: Tokenizer, prompt: Any, steps: Sequence[str], separator: int) -> Rendered:
+    """Prompt, then each step with a separator behind it. Whatever the texts hold, no step makes a separator itself.
+
+    Args:
+      tokenizer: the model's own.
+      prompt: text, or messages, which are rendered up to where the answer begins.
+      steps: texts, as they follow each other in the solution; what stood between them is theirs to hold.
+      separator: token id.
+    """
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+    if separator in ids[1:]:
+        raise ValueError(
+            f"render_steps: the prompt holds token {separator}, the separator; expected a token that text never gives, "
+            "such as a control token."
+        )
+    ends = []
+    for i, step in enumerate(steps):
+        tokens = tokenizer.encode(step, bos=False)
+        if separator in tokens:
+            raise ValueError(
+                f"render_steps: step {i} holds token {separator}, the separator: {step[:60]!r}; expected a token that "
+                "text never gives, such as a control token."
+            )
+        ids = [*ids, *tokens, separator]
+        ends.append(len(ids) - 1)
+    return Rendered(ids, ends)
+
+
+def token_id(tokenizer: Tokenizer, text: str) -> int:
+    """The one token that is spelled so, control tokens included.
+
+    Raises:
+      ValueError: if the tokenizer makes several of it.
+    """
+    ids = tokenizer.encode(text, bos=False, allow_special=True)
+    if len(ids) != 1:
+        raise ValueError(
+            f"reward: {text!r} is {len(ids)} tokens {ids[:8]}; expected one. Name a token of the tokenizer."
+        )
+    return ids[0]
+
+
+# --------------------------------------------------------------------------------------------------------------- head
+class Linear(nnx.Module):
+    """y = W x + b."""
+
+    def __init__(self, out: int, into: int, *, rngs: nnx.Rngs):
+        self.weight = weight(rngs, (out, into), (None, "embed"), into)  # type: ignore[arg-type]
+        self.bias = constant(0.0, (out,), (None,))  # type: ignore[arg-type]
+
+
+class ValueHead(nnx.Module):
+    """One linear layer, or two with ReLU in between."""
+
+    def __init__(self, cfg: RewardConfig, *, rngs: nnx.Rngs):
+        width = cfg.target.embed_dim
+        if cfg.inner is not None:
+            self.first, width = Linear(cfg.inner, width, rngs=rngs), cfg.inner
+        self.last = Linear(cfg.outputs, width, rngs=rngs)
+
+
+def init_head(cfg: RewardConfig, key: jax.Array) -> Params:
+    """Fresh float32 parameters of the head; none for token pairs."""
+    if cfg.kind == "token_pair":
+        return {}
+    return nnx.to_pure_dict(nnx.state(ValueHead(cfg, rngs=nnx.Rngs(params=key))))
+
+
+def head_shapes(cfg: RewardConfig) -> Params:
+    """The tree of `ShapeDtypeStruct`s that `init_head` would fill; nothing is allocated."""
+    return jax.eval_shape(lambda: init_head(cfg, jax.random.key(0)))
+
+
+def head_axes(cfg: RewardConfig) -> Params:
+    """Logical axis names of every parameter of the head, as a tree with a tuple at each leaf."""
+    if cfg.kind == "token_pair":
+        return {}
+    state = nnx.state(nnx.eval_shape(lambda: ValueHead(cfg, rngs=nnx.Rngs(0))))
+    return nnx.traversals.unflatten_mapping({p: v.get_metadata()["axes"] for p, v in nnx.to_flat_state(state)})
+
+
+def step_logits(cfg: RewardConfig, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+    """z of last hidden states, in float32; `sigmoid(z)` is the score."""
+    h = hidden.astype(jnp.float32)
+    if cfg.kind == "token_pair":
+        model = params["model"]
+        table = model["embed"] if cfg.target.tie_embeddings else model["head"]
+        good, bad = (table[i].astype(hidden.dtype).astype(jnp.float32) for i in (cfg.good, cfg.bad))
+        return h @ (good - bad)
+    head = params["head"]
+    if cfg.inner is not None:
+        h = jax.nn.relu(_linear(head["first"], h))
+    z = _linear(head["last"], h)
+    return z[..., 0] if cfg.outputs == 1 else z[..., 1] - z[..., 0]
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+def config_of(mapping: Mapping[str, Any], target: DecoderConfig) -> RewardConfig:
+    """The configuration that `checkpoint.load` found, for this decoder."""
+    return rebuild_config(RewardConfig, KIND, mapping, target)
+
+
+def is_reward_model(folder: Path | str) -> bool:
+    """Whether a folder says that it holds one, ours or of the published kind."""
+    folder = Path(folder)
+    return (folder / FOLDER).is_dir() or (
+        (folder / "config.json").is_file() and "score.0.weight" in read_index(folder)  # type: ignore[operator]
+    )
+
+
+def save(
+    folder: Path | str,
+    model: RewardModel,
+    *,
+    like: Path | str | None = None,
+    tokenizer: Tokenizer | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a folder that `load` reads, and `hf.load` as its decoder. It appears whole or not at all.
+
+    Args:
+      folder: must not exist, or be empty, unless `overwrite`.
+      model: layers of the decoder stacked or as a tuple.
+      like: the folder that the decoder came from; its tokenizer files are copied.
+      tokenizer: written where there is no such folder.
+      overwrite: replace what is there.
+    """
+    folder = Path(os.path.realpath(folder))
+    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"save: {folder} exists; expected a new or empty folder. Pass overwrite to replace it.")
+    partial = folder.with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        hf.save(partial, Model(model.config.target, model.params["model"]), like=like)
+        if tokenizer is not None and like is None:
+            tokenizer.save(partial)
+        checkpoint.save(partial / FOLDER, KIND, model.config, model.params["head"])
+        swap_in(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load(
+    folder: Path | str, *, dtype: hf.DType | None = None, stacked: bool = False, separator: str | None = None
+) -> RewardModel:
+    """Read a folder that `save` wrote, or a published model of the Qwen2.5-Math-PRM kind.
+
+    Args:
+      folder: what to read.
+      dtype: of the decoder, as for `hf.load`; heads stay float32.
+      stacked: as for `hf.load`.
+      separator: the token behind each step of a published model; "<extra_0>" when not given. Ours know their own.
+
+    Raises:
+      CheckpointError: for a folder that cannot be trusted or understood, or holds no reward model.
+    """
+    folder = Path(folder)
+    if (folder / FOLDER).is_dir():
+        decoder = hf.load(folder, dtype=dtype, stacked=stacked)
+        cfg, head = checkpoint.load_for(folder / FOLDER, decoder.config, config_of, head_shapes)
+        return RewardModel(cfg, {"model": decoder.params, "head": jax.tree.map(lambda w: w.astype(jnp.float32), head)})
+    return _load_published(folder, dtype, stacked, separator or _PUBLISHED_SEPARATOR)
+
+
+# ------------------------------------------------------------------------------------------------------------ private
+def _load_published(folder: Path, dtype: hf.DType | None, stacked: bool, separator: str) -> RewardModel:
+    index = read_index(folder)
+    names = [f"{tensor}.{part}" for tensor in _PUBLISHED.values() for part in ("weight", "bias")]
+    if missing := [name for name in names if name not in index]:
+        raise CheckpointError(
+            f"{folder}: no folder {FOLDER}/ and no {missing[0]}; expected a reward model, of `jaxaroo train prm` or of "
+            "the Qwen2.5-Math-PRM kind. Of a plain causal model name the separator and the two tokens."
+        )
+    decoder = hf.load(folder, dtype=dtype, stacked=stacked, headless=True)
+    read = lambda name: jnp.asarray(np.asarray(read_tensor(index[name]), np.float32))
+    head = {ours: {part: read(f"{name}.{part}") for part in ("weight", "bias")} for ours, name in _PUBLISHED.items()}
+    try:
+        cfg = RewardConfig(
+            target=decoder.config,
+            separator=token_id(load_tokenizer(folder), separator),
+            inner=index["score.0.weight"].shape[0],
+            outputs=index["score.2.weight"].shape[0],
+        )
+    except ValueError as e:
+        raise CheckpointError(f"{folder}: {e}") from e
+    shapes = lambda tree: jax.tree.map(lambda w: w.shape, tree)
+    if shapes(head) != (wanted := shapes(head_shapes(cfg))):
+        raise CheckpointError(f"{folder}: a head of shapes {shapes(head)}; expected {wanted}.")
+    return RewardModel(cfg, {"model": decoder.params, "head": head})
+
+
+def _linear(layer: Params, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
+    y = jnp.einsum("...d,ed->...e", x, layer["weight"].astype(jnp.float32), preferred_element_type=jnp.float32)
+    return y + layer["bias"].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))

@@ -1,0 +1,211 @@
+"""Heads against float64 loops, a published folder as it comes, text that cannot make separators, files whole or not."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxaroo.models import hf
+from jaxaroo.models.decoder import DecoderConfig, Model, forward, init_params, lm_head, unstack_layers
+from jaxaroo.models.reward import (
+    RewardConfig,
+    RewardModel,
+    head_axes,
+    init_head,
+    is_reward_model,
+    load,
+    render_steps,
+    save,
+    step_logits,
+    token_id,
+)
+from jaxaroo.models.safetensors import CheckpointError
+from jaxaroo.models.tokenizer import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+SEP = token_id(TOKENIZER, "<|sep|>")
+CFG = DecoderConfig(
+    vocab_size=TOKENIZER.vocab_size,
+    embed_dim=16,
+    ffn_dim=24,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    max_positions=64,
+    qkv_bias=True,
+    model_type="qwen2",
+)
+KINDS = {
+    "pair": dict(kind="token_pair", good=7, bad=9),
+    "linear": dict(),
+    "two classes": dict(outputs=2),
+    "relu": dict(inner=5, outputs=2),
+}
+
+
+def config(name, **changes):
+    return RewardConfig(target=CFG, separator=SEP, **(KINDS[name] | changes))
+
+
+def params(cfg, shift=0.0):
+    """Every parameter of the head other than nothing, biases too."""
+    head = jax.tree.map(lambda w: w + shift, init_head(cfg, jax.random.key(1)))
+    return {"model": unstack_layers(init_params(cfg.target, jax.random.key(0))), "head": head}
+
+
+def loops(cfg, tree, h):
+    """z of one state, in float64."""
+    h = np.asarray(h, np.float64)
+    if cfg.kind == "token_pair":
+        table = np.asarray(tree["model"]["head"], np.float64)
+        return sum(table[cfg.good][i] * h[i] - table[cfg.bad][i] * h[i] for i in range(len(h)))
+
+    def linear(layer, x):
+        w, b = (np.asarray(layer[name], np.float64) for name in ("weight", "bias"))
+        return [sum(w[o][i] * x[i] for i in range(len(x))) + b[o] for o in range(len(b))]
+
+    if cfg.inner:
+        h = [max(0.0, v) for v in linear(tree["head"]["first"], h)]
+    z = linear(tree["head"]["last"], h)
+    return z[0] if cfg.outputs == 1 else z[1] - z[0]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_a_head_says_is_what_loops_say(name):
+    cfg = config(name)
+    tree = params(cfg, shift=0.3)
+    hidden = jax.random.normal(jax.random.key(2), (2, 3, 16))
+    got = step_logits(cfg, tree, hidden)
+    want = [[loops(cfg, tree, h) for h in row] for row in np.asarray(hidden)]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert got.dtype == jnp.float32
+
+
+def test_a_token_pair_is_a_softmax_over_two_of_the_language_models_logits():
+    cfg = config("pair")
+    tree = params(cfg)
+    hidden = jax.random.normal(jax.random.key(2), (1, 4, 16))
+    z = lm_head(CFG, tree["model"], hidden)
+    want = jax.nn.softmax(z[..., jnp.array([7, 9])], axis=-1)[..., 0]
+    np.testing.assert_allclose(jax.nn.sigmoid(step_logits(cfg, tree, hidden)), want, atol=1e-6)
+
+
+def test_the_head_has_an_axis_name_for_every_axis():
+    for name in KINDS:
+        head, axes = init_head(config(name), jax.random.key(0)), head_axes(config(name))
+        ranks = jax.tree.map(lambda w: w.ndim, head)
+        assert ranks == jax.tree.map(len, axes, is_leaf=lambda a: isinstance(a, tuple))
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+def test_each_step_has_a_separator_behind_it_and_text_makes_none():
+    steps = ["one", " <|sep|> two", "ans 3"]
+    ids, ends = render_steps(TOKENIZER, "Q <|sep|>?\n", steps, SEP)
+    assert [i for i, token in enumerate(ids) if token == SEP] == ends
+    begin = len(TOKENIZER.encode("Q <|sep|>?\n"))
+    starts = [begin, *(end + 1 for end in ends)]
+    assert [TOKENIZER.decode(ids[a:b]) for a, b in zip(starts, ends, strict=False)] == steps
+    assert ids[:begin] == TOKENIZER.encode("Q <|sep|>?\n")
+    assert ends[-1] == len(ids) - 1
+
+
+@pytest.mark.errors
+def test_a_separator_that_text_can_give_is_refused_where_it_does():
+    comma = TOKENIZER.encode(",", bos=False)[0]
+    with pytest.raises(ValueError, match=r"step 1 holds token 44, the separator: 'a, b'; expected a token that"):
+        render_steps(TOKENIZER, "Q", ["x", "a, b"], comma)
+    with pytest.raises(ValueError, match="the prompt holds token 44"):
+        render_steps(TOKENIZER, "Q,", ["x"], comma)
+    with pytest.raises(ValueError, match="is 2 tokens"):
+        token_id(TOKENIZER, "ab")
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_written_comes_back_and_is_a_causal_model_too(name, tmp_path):
+    cfg = config(name)
+    tree = params(cfg)
+    save(tmp_path / "r", RewardModel(cfg, tree), tokenizer=TOKENIZER)
+    assert is_reward_model(tmp_path / "r")
+    got = load(tmp_path / "r")
+    assert got.config == cfg
+    jax.tree.map(np.testing.assert_array_equal, got.params, tree)
+    decoder = hf.load(tmp_path / "r")
+    jax.tree.map(np.testing.assert_array_equal, decoder.params, tree["model"])
+    assert [p.name for p in tmp_path.iterdir()] == ["r"]
+    with pytest.raises(FileExistsError):
+        save(tmp_path / "r", RewardModel(cfg, tree))
+
+
+def published(folder, outputs=2, **tensors):
+    """A folder as transformers writes `Qwen2ForProcessRewardModel`: no LM head, `score.0` and `score.2` instead."""
+    model = Model(CFG, init_params(CFG, jax.random.key(0)))
+    hf.save(folder, model)
+    TOKENIZER.save(folder)
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    score = {"score.0.weight": draw(16, 16), "score.0.bias": draw(16)}
+    score |= {"score.2.weight": draw(outputs, 16), "score.2.bias": draw(outputs)} | tensors
+    from safetensors.numpy import load_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights | score, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["Qwen2ForProcessRewardModel"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return model, score
+
+
+def test_a_published_model_is_read_as_it_comes(tmp_path):
+    model, score = published(tmp_path / "q")
+    assert is_reward_model(tmp_path / "q")
+    got = load(tmp_path / "q", separator="<|sep|>")
+    assert (got.config.kind, got.config.inner, got.config.outputs, got.config.separator) == ("value", 16, 2, SEP)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 256, (1, 9)), jnp.int32)
+    positions = jnp.arange(9, dtype=jnp.int32)[None]
+    hidden = forward(CFG, unstack_layers(model.params), tokens, positions).hidden
+    mine = forward(got.config.target, got.params["model"], tokens, positions).hidden
+    np.testing.assert_array_equal(mine, hidden)
+    h = np.asarray(hidden[0], np.float64)
+    inner = np.maximum(h @ score["score.0.weight"].T.astype(float) + score["score.0.bias"], 0)
+    z = inner @ score["score.2.weight"].T.astype(float) + score["score.2.bias"]
+    want = np.exp(z[:, 1]) / np.exp(z).sum(1)
+    np.testing.assert_allclose(jax.nn.sigmoid(step_logits(got.config, got.params, mine))[0], want, atol=1e-5)
+
+
+@pytest.mark.errors
+def test_folders_that_hold_no_reward_model_say_so(tmp_path):
+    hf.save(tmp_path / "plain", Model(CFG, init_params(CFG, jax.random.key(0))))
+    assert not is_reward_model(tmp_path / "plain")
+    with pytest.raises(CheckpointError, match=r"no folder reward/ and no score\.0\.weight; expected a reward model"):
+        load(tmp_path / "plain")
+    published(tmp_path / "three", outputs=3)
+    with pytest.raises(CheckpointError, match="outputs=3"):
+        load(tmp_path / "three", separator="<|sep|>")
+    published(tmp_path / "odd", **{"score.0.bias": np.zeros(7, np.float32)})
+    with pytest.raises(CheckpointError, match="a head of shapes"):
+        load(tmp_path / "odd", separator="<|sep|>")
+    with pytest.raises(CheckpointError, match="'<extra_0>' is 9 tokens"):
+        load(tmp_path / "odd")
+
+
+@pytest.mark.errors
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(kind="token_pair", good=7),
+        dict(good=7, bad=9),
+        dict(kind="token_pair", good=7, bad=7),
+        dict(kind="token_pair", good=7, bad=99_999),
+        dict(outputs=3),
+        dict(inner=0),
+    ],
+)
+def test_a_configuration_that_means_nothing_is_refused(fields):
+    with pytest.raises(ValueError, match="RewardConfig"):
+        RewardConfig(target=CFG, separator=SEP, **fields)
