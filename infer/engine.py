@@ -23,6 +23,8 @@ import numpy as np
 from ..models.decoder import Model, Params, unstack_layers
 from ..models.tokenizer import Tokenizer
 from . import decode as device
+from .guided import value_guided
+from .guided.value_guided import Guidance
 from .requests import (
     Answer,
     AnswerStream,
@@ -84,6 +86,7 @@ class Engine:
         seed: int = 0,
         speculation: Speculation | None = None,
         speculate: Literal["auto", "on", "off"] = "auto",
+        guidance: Guidance | None = None,
     ):
         """Take a model into service.
 
@@ -99,9 +102,11 @@ class Engine:
             decoding, token for token.
           speculate: `auto` drafts while that is faster than plain decoding, and as far as pays best, by what calls have
             cost so far; under rules other than `coupled`, whose answers would then depend on the clock, it is `on`.
+          guidance: a reward model that steers every token; not together with speculation.
 
         Raises:
-          ValueError: for settings out of range, and for a drafter and a rule that would bias the output together.
+          ValueError: for settings out of range, for a drafter and a rule that would bias the output together, and for a
+            guide that does not fit.
         """
         if max_len is not None and max_len < 2:
             raise ValueError(f"Engine: max_len={max_len}; expected at least 2, a prompt token and an answer token.")
@@ -112,10 +117,15 @@ class Engine:
         arms = speculation.arms if speculation else ()
         for drafter in arms:
             loop.check(drafter, speculation.verifier)  # type: ignore[union-attr]
+        if guidance is not None:
+            if speculation is not None:
+                raise ValueError("Engine: both speculation and guidance; expected one: a guide chooses every token.")
+            value_guided.check(guidance.guide, model.config)
         if speculate not in ("auto", "on", "off"):
             raise ValueError(f"Engine: speculate={speculate!r}; expected 'auto', 'on' or 'off'.")
         self.config, self.tokenizer = model.config, tokenizer
         self.speculation = None if speculate == "off" else speculation
+        self.guidance = guidance
         self._weighs = speculate == "auto" and speculation is not None and speculation.verifier == coupled()
         self._pace = controller.init(_PACE, (0, *(drafter.depth for drafter in arms)))
         self._compiled: set[tuple[int, ...]] = set()  # arms and shapes that have run: the first call says nothing
@@ -317,7 +327,8 @@ class _Call:
         self.waiting = deque((r, i) for r in range(len(requests)) for i in range(requests[r].sampling.n))
         total = max(len(r.token_ids) + r.max_tokens for r in requests)
         arms = engine.speculation.arms if engine.speculation else ()
-        self.drafts = max((drafter.nodes for drafter in arms), default=0)  # slots behind the text
+        guide = engine.guidance.guide if engine.guidance else None
+        self.drafts = max((d.nodes for d in arms), default=guide.nodes if guide else 0)  # slots behind the text
         self.capacity = _capacity(total + self.drafts)
         self.batch = min(_bucket(len(self.waiting)), engine.max_seqs)
         self.biased = _bucket(max(len(r.sampling.logit_bias) for r in requests), 0)
@@ -393,6 +404,8 @@ class _Call:
     def _prefill(self, tokens: np.ndarray, rows: device.Rows, chunk: int):
         engine, spec = self.engine, self.engine.speculation
         options: Any = dict(chunk=chunk, top_n=self.top_n, mode=engine._mode, cache_dtype=engine._kv_dtype)
+        if engine.guidance is not None:
+            return value_guided.prefill(engine.config, self.params, *engine.guidance, tokens, rows, **options)
         if spec is None:
             return device.prefill(engine.config, self.params, tokens, rows, **options)
         return loop.prefill(engine.config, self._weights(spec), spec.drafter, tokens, rows, **options)
@@ -400,6 +413,9 @@ class _Call:
     def _advance(self, state, rows: device.Rows, halt: np.ndarray, tokens: np.int32):
         """Let every running row gain about this many tokens, by drafting or plainly."""
         engine, spec = self.engine, self.engine.speculation
+        if engine.guidance is not None:
+            args = *engine.guidance, state, rows, halt, tokens
+            return value_guided.decode(engine.config, self.params, *args, mode=engine._mode)
         if spec is None:
             return device.decode(engine.config, self.params, state, rows, halt, tokens, mode=engine._mode)
         if not engine._weighs:
@@ -449,9 +465,10 @@ class _Call:
         fitting = [c for c in PREFILL_CHUNKS if self.capacity % c == 0]
         return next((c for c in fitting if c >= longest), fitting[-1])
 
-    def _harvest(self, state: device.DecodeState | loop.SpeculativeState) -> Iterator[Delta]:
+    def _harvest(self, state: Any) -> Iterator[Delta]:
         """Read what the device wrote, end rows that are done, free their slots."""
-        at, tally = (state, None) if isinstance(state, device.DecodeState) else (state.rows, state.tally)
+        at = state if isinstance(state, device.DecodeState) else state.rows
+        tally = state.tally if isinstance(state, loop.SpeculativeState) else None
         tokens, filled, status, scores, tally = jax.device_get((at.tokens, at.filled, at.status, at.scores, tally))
         ended: dict[int, FinishReason | None] = {
             device.RUNNING: None,

@@ -110,6 +110,31 @@ def split_prompts(prompts: Any) -> list[Any]:
     return prompts
 
 
+def prompt_ids(prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
+    """Tokens of a text, of messages up to where the answer begins, or as they are given.
+
+    Raises:
+      RequestError: for what is none of these.
+    """
+    if isinstance(prompt, np.ndarray):
+        prompt = prompt.tolist()
+    if isinstance(prompt, (list, tuple)) and all(_is_int(p) for p in prompt):
+        return [int(p) for p in prompt]
+    if tokenizer is None:
+        raise RequestError("prompt: found text; expected token ids, for this engine has no tokenizer.", param="prompt")
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt) if prompt else []
+    if isinstance(prompt, (list, tuple)) and all(isinstance(p, Mapping) for p in prompt):
+        try:
+            return tokenizer.encode_chat(prompt)
+        except (ValueError, TypeError) as e:
+            raise RequestError(f"prompt: {e}", param="prompt") from e
+    raise RequestError(
+        f"prompt: found {type(prompt).__name__}; expected a string, token ids, or a list of chat messages.",
+        param="prompt",
+    )
+
+
 def make_request(
     request_id: str,
     prompt: Any,
@@ -125,7 +150,7 @@ def make_request(
     Raises:
       RequestError: naming the parameter at fault, with the number found and the one allowed.
     """
-    ids = _prompt_ids(prompt, tokenizer)
+    ids = prompt_ids(prompt, tokenizer)
     if not ids:
         raise RequestError("prompt: found nothing; expected at least one token.", param="prompt")
     if bad := [i for i in ids if not 0 <= i < vocab_size]:
@@ -197,26 +222,6 @@ class AnswerStream:
         assert self.finish_reason is not None
         wanted = logprobs if self.request.sampling.logprobs is not None else None
         return Answer(self.index, text, self.token_ids, self.finish_reason, self.stop_reason, wanted, cumulative)
-
-
-def _prompt_ids(prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
-    if isinstance(prompt, np.ndarray):
-        prompt = prompt.tolist()
-    if isinstance(prompt, (list, tuple)) and all(_is_int(p) for p in prompt):
-        return [int(p) for p in prompt]
-    if tokenizer is None:
-        raise RequestError("prompt: found text; expected token ids, for this engine has no tokenizer.", param="prompt")
-    if isinstance(prompt, str):
-        return tokenizer.encode(prompt) if prompt else []
-    if isinstance(prompt, (list, tuple)) and all(isinstance(p, Mapping) for p in prompt):
-        try:
-            return tokenizer.encode_chat(prompt)
-        except (ValueError, TypeError) as e:
-            raise RequestError(f"prompt: {e}", param="prompt") from e
-    raise RequestError(
-        f"prompt: found {type(prompt).__name__}; expected a string, token ids, or a list of chat messages.",
-        param="prompt",
-    )
 
 
 def _is_int(x: Any) -> bool:

@@ -22,7 +22,17 @@ import numpy as np
 from tqdm import tqdm
 
 Layout = Literal[
-    "sft", "pairs", "unpaired", "ranked", "beliefs", "dispreferred", "rollout", "code_tests", "unlearn", "membership"
+    "sft",
+    "pairs",
+    "unpaired",
+    "ranked",
+    "beliefs",
+    "dispreferred",
+    "rollout",
+    "code_tests",
+    "unlearn",
+    "membership",
+    "steps",
 ]
 Row = dict[str, Any]
 # Layout -> required columns (of several ways, the first that a row has), optional columns; each is `name:kind`. A
@@ -44,6 +54,12 @@ LAYOUTS: Mapping[Layout, tuple[str, str]] = {
     "code_tests": ("prompt:text codes:[str] tests:[str] passed:[[bit]]", "entry_point:str"),
     "unlearn": ("name:str question:str answer:str split:forget", "original_answer:str refusal:str eval:bool"),
     "membership": ("text:str label:bit", "split:probe"),
+    # A label is what a step is worth, 0 to 1, or -1, 0, 1 (`StepsConfig.scale` says which); null is not known. `soft`
+    # is a second opinion, the share that `labels` was rounded from.
+    "steps": (
+        "prompt:text steps:[str] labels:[mark]",
+        "soft:[mark] answer:str outcome:bit source:words weight:weight",
+    ),
 }
 _LINES = (".jsonl", ".json")
 _SPLITS = {"train", "validation", "valid", "val", "dev", "eval", "test"}
@@ -217,14 +233,74 @@ def pairs_to_unpaired(row: Row) -> list[Row]:
     return rows
 
 
+def stepwise(row: Row) -> Row:
+    """TRL's stepwise supervision, `completions` with a truth value each, as layout `steps`."""
+    _need(row, "prompt:text completions:[str]")
+    labels = row["labels"]
+    marks = [int(v) if type(v) is bool else v for v in labels] if type(labels) is list else labels
+    return {**row, "steps": row["completions"], "labels": marks}
+
+
+def math_shepherd(row: Row) -> Row:
+    """Math-Shepherd's two texts as layout `steps`: in `input` each step ends with a tag, in `label` with + or -."""
+    _need(row, "input:str label:str")
+    text, marked, tag = row["input"], row["label"], "\u043a\u0438"
+    *parts, rest = text.split(tag)
+    begin, at, labels = text.find("Step 1:"), 0, []
+    for part in parts:
+        at += len(part)
+        labels.append({"+": 1, "-": 0}.get(marked[at : at + 1]))
+        if marked[at - len(part) : at] != part or labels[-1] is None:
+            found = _brief(marked[max(0, at - 20) : at + 20])
+            raise DataError(f"`label` has {found}; expected the text of `input`, with + or - for every {tag!r}")
+        at += 1
+    if not parts or rest.strip() or not 0 < begin < len(parts[0]):
+        raise DataError(
+            f"`input` is {_brief(text)}; expected a question, then `Step 1:` and steps that end with {tag!r}"
+        )
+    steps = [parts[0][begin:].strip(), *(part.strip() for part in parts[1:])]
+    return {**row, "prompt": text[:begin].strip(), "steps": steps, "labels": labels}
+
+
+def prm800k(row: Row) -> Row:
+    """A solution of PRM800K as layout `steps`, with the ratings -1, 0, 1 for labels.
+
+    Of several candidates for a step it is the chosen one; where none was, what a human wrote instead, which is good;
+    else the first candidate, which is how solutions end whose error was found.
+    """
+    _need(row, "question:object label:object")
+    question, label = row["question"], row["label"]
+    fault = _object_fault("question.", {"problem": "str"}, {"ground_truth_answer": "str"}, question, [])
+    if fault := fault or _object_fault("label.", {"steps": "[object]"}, {}, label, []):
+        raise DataError(fault)
+    steps, labels = [], []
+    for i, step in enumerate(label["steps"]):
+        chosen, human = step.get("chosen_completion"), step.get("human_completion")
+        if chosen is None and human is not None:
+            steps.append(human.get("text") if type(human) is dict else human)
+            labels.append(1)
+            continue
+        _need(step, "completions:[object]")
+        if type(chosen or 0) is not int or not 0 <= (chosen or 0) < len(step["completions"]):
+            most = len(step["completions"]) - 1
+            raise DataError(f"`label.steps[{i}].chosen_completion` is {_brief(chosen)}; expected null, or 0 to {most}")
+        steps.append(step["completions"][chosen or 0].get("text"))
+        labels.append(step["completions"][chosen or 0].get("rating"))
+    answer = {"answer": question["ground_truth_answer"]} if question.get("ground_truth_answer") else {}
+    return {**row, "prompt": question["problem"], "steps": steps, "labels": labels, **answer}
+
+
 # ----------------------------------------------------------------------------------------------------------- private
-_ADAPTERS: Mapping[Layout, tuple[Callable[[Row], Row], set[str]]] = {  # and the columns that call for them
-    "sft": (gsm8k, {"question", "answer"}),
-    "rollout": (gsm8k, {"question", "answer"}),
-    "ranked": (ultrafeedback, {"instruction", "completions"}),
-    "pairs": (hh_rlhf, {"chosen", "rejected"}),
-    "beliefs": (gdpo, {"prompt", "accept_choice_id", "accept_response", "reject_response", "probabilities"}),
-}
+_ADAPTERS: tuple[tuple[Layout, Callable[[Row], Row], set[str]], ...] = (  # and the columns that call for them
+    ("sft", gsm8k, {"question", "answer"}),
+    ("rollout", gsm8k, {"question", "answer"}),
+    ("ranked", ultrafeedback, {"instruction", "completions"}),
+    ("pairs", hh_rlhf, {"chosen", "rejected"}),
+    ("beliefs", gdpo, {"prompt", "accept_choice_id", "accept_response", "reject_response", "probabilities"}),
+    ("steps", stepwise, {"prompt", "completions", "labels"}),
+    ("steps", math_shepherd, {"input", "label", "task"}),
+    ("steps", prm800k, {"labeler", "question", "label"}),
+)
 _REWARDS = {"answer", "answers", "tests", "ook", "num_generations"}  # beside any other, `prompt` hides misspelt columns
 _MIXED = "{} holds both strings and lists of messages; expected one of the two throughout"
 _is_num = lambda v: type(v) in (int, float) and -1e300 < v < 1e300  # math.isfinite fails for a large int
@@ -239,6 +315,7 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "nums": (_is_num, "a finite number, or a list of them"),
     "weight": (lambda v: _is_num(v) and v >= 0, "a finite number >= 0"),
     "share": (lambda v: _is_num(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    "mark": (lambda v: v is None or (_is_num(v) and (v == -1 or 0 <= v <= 1)), "null, -1 or a number from 0 to 1"),
     "index": (lambda v: type(v) is int and v >= 0, "an integer >= 0"),
     "count": (lambda v: type(v) is int and v >= 1, "an integer >= 1"),
     "id": (lambda v: type(v) in (int, str) and re.fullmatch("[0-9]{1,9}", str(v)) is not None, "an integer >= 0"),
@@ -264,8 +341,10 @@ def _infer(row: Row) -> Layout:
     fits: dict[Layout, set[str]] = {}
     for layout, forms in _FORMS.items():
         ways = [{*form} for form in forms if form.keys() <= columns and layout != "rollout"]
-        if ways or (layout != "rollout" and _adapts(layout, columns)):
-            fits[layout] = ways[0] if ways else _ADAPTERS[layout][1]
+        if ways:
+            fits[layout] = ways[0]
+        elif layout != "rollout" and (found := _adapter(layout, columns)):
+            fits[layout] = found[1]
     if not fits and "prompt" in columns and columns & _REWARDS:
         return "rollout"
     best: list[Layout] = [name for name in fits if not any(fits[name] < more for more in fits.values())]
@@ -279,17 +358,21 @@ def _infer(row: Row) -> Layout:
     raise DataError(f"{found}; expected those of one.{hints} Rename columns, or say which layout it is:{wanted}")
 
 
-def _adapts(layout: Layout, columns: Collection[str]) -> bool:
-    """Whether there is an adapter, and for these columns; those of `unlearn` are no GSM8K."""
-    adapter, wanted = _ADAPTERS.get(layout, (None, {""}))
-    return wanted <= {*columns} and (adapter is not gsm8k or (_KNOWN["unlearn"] - wanted).isdisjoint(columns))
+def _adapter(layout: Layout, columns: Collection[str]) -> tuple[Callable[[Row], Row], set[str]] | None:
+    """The adapter that these columns call for, and which of them; those of `unlearn` are no GSM8K."""
+    for name, adapter, wanted in _ADAPTERS:
+        other = adapter is gsm8k and not (_KNOWN["unlearn"] - wanted).isdisjoint(columns)
+        if name == layout and wanted <= {*columns} and not other:
+            return adapter, wanted
+    return None
 
 
 def _fit(row: Row, layout: Layout) -> Row:
     """The row in the columns of the layout, adapted if it has others, without the known ones that are null."""
     row = {name: value for name, value in row.items() if value is not None or name not in _KNOWN[layout]}
     ready = any(form.keys() <= row.keys() for form in _FORMS[layout])
-    return row if ready or not _adapts(layout, row) else _ADAPTERS[layout][0](row)
+    found = None if ready else _adapter(layout, row)
+    return found[0](row) if found else row
 
 
 def _check(row: Row, layout: Layout, chats: set[bool]) -> set[bool]:
@@ -357,6 +440,9 @@ def _mismatch(row: Row, layout: Layout) -> str | None:
         found, wanted = [len(bits) for bits in row["passed"]], [len(row["tests"])] * len(row["codes"])
         if found != wanted:
             return f"`passed` has rows of {_brief(found)}; expected codes x tests, {_brief(wanted)}"
+    for name in ("labels", "soft") if layout == "steps" else ():
+        if (number := len(row.get(name, row["steps"]))) != len(row["steps"]):
+            return f"`{name}` has {number} values; expected {len(row['steps'])}, one for every step"
     if layout == "dispreferred" and len(row.get("ref_self_logps", row["self_samples"])) != len(row["self_samples"]):
         return f"`ref_self_logps` has {len(row['ref_self_logps'])} numbers; expected {len(row['self_samples'])}"
     for both in (("score_chosen", "score_rejected"), ("ref_chosen_logps", "ref_rejected_logps")):

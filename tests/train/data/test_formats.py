@@ -34,6 +34,8 @@ GOOD = {  # one of each, every optional column there
     "code_tests": {**CODE, "entry_point": "f"},
     "unlearn": {**UNLEARN, "original_answer": "o", "refusal": "no", "eval": True},
     "membership": {"text": "t", "label": 1, "split": "probe_dev"},
+    "steps": {"prompt": "p", "steps": ["a", "b", "c", "d"], "labels": [1, 0.5, -1, None], "soft": [0.9, 0.5, 0, None]}
+    | {"answer": "7", "outcome": 0, "source": "", "weight": 2.0, "id": 3},
 }
 SFT = [{"prompt": f"p{i}é\u2028", "completion": "c" * i + "c"} for i in range(5)]
 
@@ -133,6 +135,16 @@ FAULTS = [
     (*change("unlearn", split="train"), "`split` is 'train'; expected `forget` or `retain`"),
     (*change("membership", label=2), "`label` is 2; expected 0 or 1"),
     (*change("membership", split="forget"), "`split` is 'forget'; expected train, dev or test"),
+    (*change("steps", labels=[1, 1]), "`labels` has 2 values; expected 4, one for every step"),
+    (*change("steps", labels=[1] * 5), "`labels` has 5 values; expected 4, one for every step"),
+    (*change("steps", soft=[0.5]), "`soft` has 1 values; expected 4, one for every step"),
+    (*change("steps", labels=[1, 1, 1, -0.5]), "`labels[3]` is -0.5; expected null, -1 or a number from 0 to 1"),
+    (*change("steps", labels=[1, 1, 1, 2]), "`labels[3]` is 2; expected null, -1 or"),
+    (*change("steps", labels=[1, 1, True, 1]), "`labels[2]` is True; expected null, -1 or"),
+    (*change("steps", steps=["a", "b", "", "d"]), "`steps[2]` is ''; expected a string that is not empty"),
+    (*change("steps", steps=[]), "`steps` is []; expected a list of 1 str or more"),
+    (*change("steps", outcome=0.5), "`outcome` is 0.5; expected 0 or 1"),
+    ("steps", {"prompt": "p", "steps": ["a"]}, "no `labels` among columns ['prompt', 'steps']; expected"),
     ("ranked", {"instruction": "i", "completions": []}, "`completions` is []; expected a list of 1 object or more"),
     ("ranked", {"instruction": "i", "completions": [{"response": "a"}] * 2}, "no `responses[0].rating` among"),
 ]
@@ -244,6 +256,54 @@ def test_gdpo(tmp_path):
     fails(
         write(tmp_path / "b.jsonl", row | {"accept_choice_id": "x"}), "`accept_choice_id` is 'x'; expected an integer"
     )
+
+
+def steps_of(path, row):
+    examples = open_examples(write(path, row))
+    assert examples.layout == "steps"
+    found = examples[0]
+    assert {name: found[name] for name in row} == row  # nothing is lost, but for what got another name
+    return found["prompt"], found["steps"], found["labels"], found.get("answer")
+
+
+def test_published_steps(tmp_path):
+    path = tmp_path / "a.jsonl"
+    trl = {"prompt": "p", "completions": ["a", "b", "c"], "labels": [True, False, 0.5]}
+    examples = open_examples(write(path, trl))
+    assert (examples.layout, examples[0]["steps"], examples[0]["labels"]) == ("steps", ["a", "b", "c"], [1, 0, 0.5])
+    assert [type(v) for v in examples[0]["labels"]] == [int, int, float]
+    fails(write(path, trl | {"labels": [True]}), "`labels` has 1 values; expected 3")
+    fails(write(path, trl | {"labels": "xyz"}), "`labels` is 'xyz'; expected a list")
+
+    text = "Q + 1?  Step 1: a + b \u043a\u0438\nStep 2: c\nd \u043a\u0438\nStep 3: The answer is: 7 \u043a\u0438"
+    marked = "Q + 1?  Step 1: a + b +\nStep 2: c\nd -\nStep 3: The answer is: 7 -"
+    shepherd = {"input": text, "label": marked, "task": "GSM8K"}
+    wanted = ["Step 1: a + b", "Step 2: c\nd", "Step 3: The answer is: 7"]
+    assert steps_of(path, shepherd) == ("Q + 1?", wanted, [1, 0, 0], None)
+    fails(write(path, shepherd | {"label": marked.replace("d -", "d x")}), "`label` has ", "with + or - for every")
+    fails(write(path, shepherd | {"label": marked.replace("a +", "b +")}), "`label` has ", "the text of `input`")
+    fails(write(path, shepherd | {"label": marked[:-1]}), "`label` has ")
+    fails(write(path, shepherd | {"input": text.replace("Step 1:", "")}), "expected the text of `input`")
+    plain = {"input": "a \u043a\u0438", "label": "a +"}
+    fails(write(path, shepherd | plain), "expected a question, then `Step 1:`")
+
+    option = lambda text, rating: {"text": text, "rating": rating, "flagged": None}
+    ways = [option("x", -1), option("b", 0)]
+    steps = [
+        {"completions": [option("a", 1)], "human_completion": None, "chosen_completion": 0},
+        {"completions": ways, "human_completion": None, "chosen_completion": 1},
+        {"completions": ways[:1], "human_completion": option("c", None), "chosen_completion": None},
+        {"completions": [option("d", None)], "human_completion": None, "chosen_completion": 0},
+        {"completions": ways, "human_completion": None, "chosen_completion": None},
+    ]
+    question = {"problem": "1+1?", "ground_truth_answer": "2", "pre_generated_steps": None}
+    row = {"labeler": "l", "generation": None, "question": question, "label": {"steps": steps, "total_time": 3}}
+    assert steps_of(path, row) == ("1+1?", ["a", "b", "c", "d", "x"], [1, 0, 1, None, -1], "2")
+    for at in (2, -1, "0"):
+        bad = row | {"label": {"steps": [steps[1] | {"chosen_completion": at}]}}
+        fails(write(path, bad), f"`label.steps[0].chosen_completion` is {at!r}; expected null, or 0 to 1")
+    fails(write(path, row | {"label": {"steps": []}}), "`label.steps` is []; expected a list of 1 object or more")
+    fails(write(path, row | {"question": "1+1?"}), "`question` is '1+1?'; expected an object")
 
 
 def test_a_pair_is_two_unpaired_rows(tmp_path):
