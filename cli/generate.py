@@ -97,6 +97,8 @@ def generate(
     tokenizer = load_tokenizer(model) if needs_text or (model / "tokenizer.json").exists() else None
     loaded = load(model, dtype=dtype, progress=sys.stderr.isatty())
     drafting = load_speculation(speculation, loaded.config)
+    if drafting is not None and speculate != "off" and not drafting.verifier.lossless:
+        print(f"warning: {drafting.verifier.name}: what follows is not the model's own distribution", file=sys.stderr)
     failed, live = False, len(inputs) == n == 1 and not json
     with Engine(
         loaded, tokenizer, max_len=max_len, max_seqs=max_seqs, speculation=drafting, speculate=speculate

@@ -23,6 +23,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train sft": train.train_sft,
     "train drafter": train.train_drafter,
     "train early-exit": train.train_early_exit,
+    "train acceptance": train.train_acceptance,
+    "train judge": train.train_judge,
     "train resume": train.train_resume,
     "eval lm": evaluate.eval_lm,
     "eval answers": evaluate.eval_answers,

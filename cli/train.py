@@ -10,10 +10,14 @@ from typing import Annotated, Any
 
 import tyro
 
+from .output import UsageError
+
 SUMMARIES = {
     "sft": "Fine-tune a model on prompts and completions.",
     "drafter": "Train an EAGLE or Jakiro drafter for a target, which stays as it is.",
     "early-exit": "Train a Kangaroo adapter, which lets a target's first layers draft for all of them.",
+    "acceptance": "Train SpecDec++'s head, which ends a draft where a refusal is likely.",
+    "judge": "Train a judge, which lets more drafts pass than the target's own distribution would.",
 }
 
 
@@ -56,6 +60,11 @@ def train_command(kind: str, args: list[str]) -> Callable[..., int]:
         """
         _join(coordinator, num_processes, process_id)
         if regenerate is not None:
+            if recipe.layout != "sft":
+                raise UsageError(
+                    f"train {kind}: --regenerate; expected it with kinds that learn from prompts and completions "
+                    "alone, for a label belongs to the answer it was given to."
+                )
             _regenerate(settings, regenerate)
             settings = dataclasses.replace(settings, data=str(regenerate))
         evaluate = _evaluator(kind, settings, options)
@@ -77,6 +86,16 @@ def train_drafter() -> int:
 
 def train_early_exit() -> int:
     """Train a Kangaroo adapter, which lets a target's first layers draft for all of them."""
+    raise AssertionError("`main` puts what `train_command` makes in this place")
+
+
+def train_acceptance() -> int:
+    """Train SpecDec++'s head, which ends a draft where a refusal is likely."""
+    raise AssertionError("`main` puts what `train_command` makes in this place")
+
+
+def train_judge() -> int:
+    """Train a judge, which lets more drafts pass than the target's own distribution would."""
     raise AssertionError("`main` puts what `train_command` makes in this place")
 
 
@@ -186,8 +205,11 @@ def _regenerate(settings: Any, path: Path, batch: int = 64) -> None:
 
 
 def _evaluator(kind: str, settings: Any, options: Any) -> Any:
-    """Acceptance through the serving loop, on the first prompts of the data; None for kinds that have none."""
-    if kind == "sft" or not settings.evaluate_every:
+    """Acceptance through the serving loop, on the first prompts of the data; None for kinds that have none.
+
+    Of an acceptance head also how many tokens a step drafts, which is what it is there to save.
+    """
+    if kind in ("sft", "judge") or not settings.evaluate_every:  # a judge is measured by the quality of what it passes
         return None
     from ..infer.engine import Engine
     from ..infer.sampling import Sampling
@@ -197,17 +219,24 @@ def _evaluator(kind: str, settings: Any, options: Any) -> Any:
     from ..infer.speculative.settings import SpeculationConfig
     from ..models.decoder import Model
     from ..models.tokenizer import load_tokenizer
-    from ..train.recipe import network_config
+    from ..train.recipe import network_config, read_drafter
 
     prompts = list(_prompts(settings, limit=8))
     tokenizer = load_tokenizer(Path(settings.tokenizer or settings.model))
 
-    def evaluate(config: Any, target: Any, trained: Any) -> dict[str, float]:
-        network, serving = network_config(kind, config, options), SpeculationConfig(draw="mode")
+    def measure(config: Any, target: Any, network: Any, params: Any, stop_head: Any) -> dict[str, float]:
+        serving = SpeculationConfig(draw="mode", stop_rule="none" if stop_head is None else "head")
         drafter = with_drafter(serving, network)
-        spec = Speculation(drafter, verify.coupled(), drafter_params(serving, network, trained))
+        spec = Speculation(drafter, verify.coupled(), drafter_params(serving, network, params, stop_head))
         with Engine(Model(config, target), tokenizer, speculation=spec, speculate="on") as engine:
             engine.generate(prompts, Sampling(temperature=0.0, max_tokens=64))
-            return acceptance(engine.emitted_per_step())
+            found, stats = acceptance(engine.emitted_per_step()), engine.stats()
+        return found if stop_head is None else found | {"drafted": stats["drafted_tokens"] / max(stats["steps"], 1)}
 
-    return evaluate
+    def of_drafter(config: Any, target: Any, trained: Any) -> dict[str, float]:
+        return measure(config, target, network_config(kind, config, options), trained, None)
+
+    def of_head(config: Any, frozen: Any, trained: Any) -> dict[str, float]:
+        return measure(config, frozen["target"], read_drafter(config, options), frozen["drafter"], trained)
+
+    return of_head if kind == "acceptance" else of_drafter

@@ -78,33 +78,33 @@ def score_solutions(
       For each solution the probabilities that its steps are right, in their order.
 
     Raises:
-      ValueError: for a solution longer than the model's positions, and one whose text holds the separator.
+      ValueError: for a solution longer than the model's positions.
     """
     if batch < 1:
         raise ValueError(f"score_solutions: batch={batch}; expected at least 1.")
     rendered = []
     for i, solution in enumerate(solutions):
-        found = render_steps(tokenizer, solution.prompt, solution.steps, model.config.separator)
-        if len(found.ids) > (most := model.config.target.max_positions):
+        found = render_steps(tokenizer, solution.prompt, solution.steps, model.config.text)
+        if len(found[0]) > (most := model.config.target.max_positions):
             raise ValueError(
-                f"score_solutions: solution {i} has {len(found.ids)} tokens; expected at most the model's {most} "
+                f"score_solutions: solution {i} has {len(found[0])} tokens; expected at most the model's {most} "
                 "positions. Shorten the prompt or the steps."
             )
         rendered.append(found)
     scores: list[list[float]] = [[] for _ in solutions]
-    order = sorted((i for i, r in enumerate(rendered) if r.ends), key=lambda i: -len(rendered[i].ids))
+    order = sorted((i for i, (_, ends) in enumerate(rendered) if ends), key=lambda i: -len(rendered[i][0]))
     spread = lambda x: x if mesh is None else jax.device_put(x, NamedSharding(mesh, rules.spec("batch", None)))
     with tqdm(total=len(order), desc="score", unit="solution", disable=None if progress else True) as bar:
         for part in (order[i : i + batch] for i in range(0, len(order), batch)):
-            length = _bucket(len(rendered[part[0]].ids), SHORTEST)
-            steps = _bucket(max(len(rendered[i].ends) for i in part), 4)
+            length = _bucket(len(rendered[part[0]][0]), SHORTEST)
+            steps = _bucket(max(len(rendered[i][1]) for i in part), 4)
             tokens, ends = np.zeros((batch, length), np.int32), np.zeros((batch, steps), np.int32)
             for row, i in enumerate(part):
-                tokens[row, : len(rendered[i].ids)] = rendered[i].ids
-                ends[row, : len(rendered[i].ends)] = rendered[i].ends
+                for array, values in zip((tokens, ends), rendered[i], strict=True):
+                    array[row, : len(values)] = values
             found = np.asarray(score(model.config, model.params, spread(tokens), spread(ends), rules))
             for row, i in enumerate(part):
-                scores[i] = found[row, : len(rendered[i].ends)].tolist()
+                scores[i] = found[row, : len(rendered[i][1])].tolist()
             bar.update(len(part))
     return scores
 

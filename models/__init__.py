@@ -10,6 +10,7 @@ presets.py      the sizes of known models
 eagle.py        EAGLE's drafter
 jakiro.py       Jakiro's: two experts
 kangaroo.py     Kangaroo's: an adapter on the first layers
+heads.py        heads on hidden states: will this draft be accepted, is this token good
 checkpoint.py   folders of small networks that stand beside a target
 tokenizer.py    text to tokens and back, and chat templates
 """

@@ -51,6 +51,8 @@ class RewardConfig:
     bad: int | None = None
     inner: int | None = None  # width of the ReLU layer, of kind value; None for a linear head
     outputs: int = 1  # 1, or 2 for the classes bad and good
+    start: str = ""  # text before the first step
+    between: str = ""  # text before every other one
 
     def __post_init__(self):
         pair, V = (self.good, self.bad), self.target.vocab_size
@@ -65,6 +67,11 @@ class RewardConfig:
         if self.outputs not in (1, 2) or (self.inner is not None and self.inner < 1):
             raise ValueError(f"RewardConfig: inner={self.inner}, outputs={self.outputs}; expected a width, and 1 or 2.")
 
+    @property
+    def text(self) -> "StepText":
+        """What stands around steps."""
+        return StepText(self.separator, self.start, self.between)
+
 
 class RewardModel(NamedTuple):
     """A decoder with what reads its scores."""
@@ -73,54 +80,46 @@ class RewardModel(NamedTuple):
     params: Params  # {"model": those of the decoder, "head": those of the value head, or nothing}
 
 
-class Rendered(NamedTuple):
-    """A solution as tokens."""
+class StepText(NamedTuple):
+    """What is written around the steps of a solution, in training and in scoring alike."""
 
-    ids: list[int]
-    ends: list[int]  # where the separator of each step stands
+    separator: int  # token id behind each step
+    start: str = ""  # before the first step
+    between: str = ""  # before every other one
 
 
 # --------------------------------------------------------------------------------------------------------------- text
-def render_steps(tokenizer: Tokenizer, prompt: Any, steps: Sequence[str], separator: int) -> Rendered:
-    """Prompt, then each step with a separator behind it. Whatever the texts hold, no step makes a separator itself.
+def render_steps(
+    tokenizer: Tokenizer, prompt: str | Sequence[Mapping[str, Any]], steps: Sequence[str], text: StepText
+) -> tuple[list[int], list[int]]:
+    """Token ids of prompt and steps, and the index of each step's separator; messages end with what opens an answer.
 
-    Args:
-      tokenizer: the model's own.
-      prompt: text, or messages, which are rendered up to where the answer begins.
-      steps: texts, as they follow each other in the solution; what stood between them is theirs to hold.
-      separator: token id.
+    Each part is tokenised alone, so the tokens up to a separator are those of the prefix that ends there, and text is
+    encoded without control tokens: whatever a step spells, scores are read where separators were put in.
     """
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
-    if separator in ids[1:]:
-        raise ValueError(
-            f"render_steps: the prompt holds token {separator}, the separator; expected a token that text never gives, "
-            "such as a control token."
-        )
     ends = []
     for i, step in enumerate(steps):
-        tokens = tokenizer.encode(step, bos=False)
-        if separator in tokens:
-            raise ValueError(
-                f"render_steps: step {i} holds token {separator}, the separator: {step[:60]!r}; expected a token that "
-                "text never gives, such as a control token."
-            )
-        ids = [*ids, *tokens, separator]
+        ids += [*tokenizer.encode((text.between if i else text.start) + step, bos=False), text.separator]
         ends.append(len(ids) - 1)
-    return Rendered(ids, ends)
+    return ids, ends
 
 
-def token_id(tokenizer: Tokenizer, text: str) -> int:
-    """The one token that is spelled so, control tokens included.
+def one_token(tokenizer: Tokenizer, token: str | int) -> int:
+    """The id of what has to be one token, such as the one that ends a step.
 
     Raises:
-      ValueError: if the tokenizer makes several of it.
+      ValueError: if it is none of this tokenizer, or several.
     """
-    ids = tokenizer.encode(text, bos=False, allow_special=True)
-    if len(ids) != 1:
-        raise ValueError(
-            f"reward: {text!r} is {len(ids)} tokens {ids[:8]}; expected one. Name a token of the tokenizer."
-        )
-    return ids[0]
+    ids = [token] if isinstance(token, int) else tokenizer.encode(token, bos=False, allow_special=True)
+    known = len(ids) == 1 and 0 <= ids[0] < tokenizer.vocab_size
+    if known and (isinstance(token, int) or tokenizer.decode(ids, skip_special=False).strip() == token.strip()):
+        return ids[0]
+    taken = {*tokenizer.eos_ids, tokenizer.bos_id, tokenizer.pad_id}
+    names = [tokenizer.decode([i], skip_special=False) for i in sorted(tokenizer.special_ids - taken)]
+    choice = f"a control token that solutions do not use ({', '.join(names[:8])})" if names else "a rare token"
+    found = f"{token!r}, tokens {ids!r:.60} of a vocabulary of {tokenizer.vocab_size}"
+    raise ValueError(f"one_token: found {found}; expected one token, known to it. Choose {choice}, or give an id.")
 
 
 # --------------------------------------------------------------------------------------------------------------- head
@@ -259,7 +258,7 @@ def _load_published(folder: Path, dtype: hf.DType | None, stacked: bool, separat
     try:
         cfg = RewardConfig(
             target=decoder.config,
-            separator=token_id(load_tokenizer(folder), separator),
+            separator=one_token(load_tokenizer(folder), separator),
             inner=index["score.0.weight"].shape[0],
             outputs=index["score.2.weight"].shape[0],
         )

@@ -10,5 +10,6 @@ loop.py        windows in, a trained state out
 checkpoint.py  state and position in the data, on disk and back
 metrics.py     one JSON line a step, and the curve
 data/          where batches come from
+labels/        where labels of steps come from
 objectives/    what is minimised
 """

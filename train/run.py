@@ -37,12 +37,22 @@ from .checkpoint import CheckpointConfig
 from .config import build, read_settings, write_settings
 from .data.arithmetic import ArithmeticConfig, ArithmeticExamples, arithmetic_tokenizer
 from .data.formats import Layout, open_examples
-from .data.pipeline import BatchConfig, Batches, count_units
+from .data.pipeline import BatchConfig, Batches
 from .data.tokenise import Encoded
 from .loop import fit
 from .metrics import append_records, forget_after, plot_loss, read_records
 from .optimizer import OptimizerConfig, make_optimizer, make_schedule
-from .recipe import RECIPES, DrafterOptions, EarlyExitOptions, Origin, Recipe, SftOptions, Trainable
+from .recipe import (
+    RECIPES,
+    AcceptanceOptions,
+    DrafterOptions,
+    EarlyExitOptions,
+    JudgeOptions,
+    Origin,
+    Recipe,
+    SftOptions,
+    Trainable,
+)
 from .state import TrainState, init_state
 from .step import make_train_step
 
@@ -113,7 +123,8 @@ class Outcome(NamedTuple):
     signal: int | None  # what asked it to stop
 
 
-# (target's settings, frozen parameters, trained parameters) -> measurements; `train` never imports `infer`
+# (target's settings, frozen parameters, trained parameters) -> measurements; `train` never imports `infer`. What is
+# frozen is the target, or {"target": ..., "drafter": ...} for kinds that have a companion.
 Evaluate = Callable[[DecoderConfig, Params, Params], Mapping[str, float]]
 
 
@@ -141,9 +152,12 @@ def start(
         )
     paths = {name: _absolute(value) for name in ("model", "data", "tokenizer") if (value := getattr(cfg, name))}
     cfg = dataclasses.replace(cfg, **paths)
+    options = RECIPES[kind].options() if options is None else options
+    named = {name: _absolute(value) for name in RECIPES[kind].paths if (value := getattr(options, name))}
+    options = dataclasses.replace(options, **named)
     if cfg.dtype is None:  # written down, so that it stays what it is on another machine
         cfg = dataclasses.replace(cfg, dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
-    return _train(kind, cfg, RECIPES[kind].options() if options is None else options, evaluate, progress, fresh=True)
+    return _train(kind, cfg, options, evaluate, progress, fresh=True)
 
 
 def resume(
@@ -180,11 +194,13 @@ def read_run(out: Path) -> tuple[str, RunConfig, Any]:
 class _Stored:
     """What config.yaml holds: the options of its own kind, and null for those of others."""
 
-    kind: Literal["sft", "drafter", "early-exit"]
+    kind: Literal["sft", "drafter", "early-exit", "acceptance", "judge"]
     settings: RunConfig
     sft: SftOptions | None = None
     drafter: DrafterOptions | None = None
     early_exit: EarlyExitOptions | None = None
+    acceptance: AcceptanceOptions | None = None
+    judge: JudgeOptions | None = None
 
 
 def _absolute(name: str) -> str:
@@ -233,7 +249,7 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
         step = make_train_step(
             recipe.make_loss(origin.config, options, rules=RULES, remat=cfg.remat),
             tx,
-            count_units,
+            recipe.counts,
             combine=trainable.combine,
             ema_decay=cfg.ema,
             schedule=schedule,
@@ -293,6 +309,11 @@ def _origin(cfg: RunConfig) -> Origin:
 
 def _examples(cfg: RunConfig, layout: Layout, progress: bool) -> Sequence[Mapping[str, Any]]:
     if cfg.data == ARITHMETIC:
+        if layout != "sft":
+            raise ValueError(
+                f"train: data={cfg.data!r} has rows of layout sft; expected a file of layout {layout} "
+                "(train/data/formats.py)."
+            )
         return ArithmeticExamples(cfg.arithmetic)  # type: ignore[return-value]
     if cfg.data.startswith("builtin:"):
         raise ValueError(f"train: data={cfg.data!r}; expected {ARITHMETIC}, a file or a folder.")
@@ -328,7 +349,8 @@ def _mark_of(cfg: RunConfig, examples: Sequence[Mapping[str, Any]], encode: Call
     rows = []
     for i in sorted({i * (number - 1) // 15 for i in range(16)}):
         encoded = encode(examples[i])
-        rows.append([encoded.ids.tolist(), encoded.scored.tolist(), examples[i].get("weight")])
+        labels = [] if encoded.labels is None else [encoded.labels.tolist()]
+        rows.append([encoded.ids.tolist(), encoded.scored.tolist(), examples[i].get("weight"), *labels])
     return hashlib.sha256(json.dumps([cfg.seed, batch, number, rows]).encode()).hexdigest()
 
 
@@ -353,13 +375,21 @@ def _begin(cfg: RunConfig, origin: Origin, what: Trainable, tx, mesh) -> tuple[T
     Only one of the two is ever on the devices.
     """
     config, axes, shapes = origin.config, param_axes(origin.config), param_shapes(origin.config)
+    if what.companion is not None:
+        axes = {"target": axes, "drafter": what.companion.axes}
+        shapes = {"target": shapes, "drafter": what.companion.shapes}
     placed = RULES.shardings(mesh, axes, shapes)
     weights, key = jax.random.split(jax.random.key(cfg.seed))
 
-    def load() -> Params:
+    def load_model(placed: Any) -> Params:
         if origin.like is None:
             return jax.jit(partial(init_params, config), out_shardings=placed)(weights)
         return hf.load(origin.like, dtype="float32", stacked=True, mesh=mesh, rules=RULES, progress=True).params
+
+    def load() -> Params:
+        if what.companion is None:
+            return load_model(placed)
+        return {"target": load_model(placed["target"]), "drafter": what.companion.load(mesh, RULES)}
 
     def state_of(base: Params, key) -> TrainState:
         frozen = base if what.beside else None

@@ -1,11 +1,12 @@
 """From settings to a drafter and its rule: `lookup`, or a folder that says itself what kind of drafter it holds."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from ...models import checkpoint, eagle, hf, jakiro, kangaroo
+from ...models import checkpoint, eagle, heads, hf, jakiro, kangaroo
 from ...models.decoder import DecoderConfig, unstack_layers
 from ...models.safetensors import CheckpointError, read_json
 from . import stop, verify
@@ -17,6 +18,8 @@ from .draw import Draw
 from .loop import Drafter, Speculation, check
 from .settings import SpeculationConfig
 from .verify import Verifier
+
+Network = DecoderConfig | eagle.EagleConfig | jakiro.JakiroConfig | kangaroo.KangarooConfig
 
 
 def load_speculation(cfg: SpeculationConfig, target: DecoderConfig) -> Speculation | None:
@@ -33,16 +36,17 @@ def load_speculation(cfg: SpeculationConfig, target: DecoderConfig) -> Speculati
         _only(cfg, "lookup", ("auto", "chain"), drawn=False)
     else:
         found = _from_folder(cfg, Path(cfg.drafter), target)
-    found = found._replace(verifier=_rule(cfg, found.drafter))
-    check(found.drafter, found.verifier)
-    return found
+    verifier = _rule(cfg, found.drafter)
+    check(found.drafter, verifier)
+    return found._replace(verifier=verifier, verifier_params=_judge_params(cfg, target))
 
 
-def with_drafter(
-    cfg: SpeculationConfig, network: eagle.EagleConfig | jakiro.JakiroConfig | kangaroo.KangarooConfig
-) -> Drafter:
-    """The drafter that serves a small network beside a target."""
-    draw = _draw(cfg, not isinstance(network, kangaroo.KangarooConfig))
+def with_drafter(cfg: SpeculationConfig, network: Network) -> Drafter:
+    """The drafter that serves a small decoder, or a small network beside a target."""
+    draw = _draw(cfg, isinstance(network, eagle.EagleConfig | jakiro.JakiroConfig))
+    if isinstance(network, DecoderConfig):
+        _only(cfg, "small model", ("auto", "chain"), stops=True)
+        return small_model.make_drafter(network, cfg.drafts, draw, cfg.chains, _stop_rule(cfg))
     tree: Any = dict(nodes=cfg.nodes, beam=cfg.beam, levels=cfg.levels)
     if isinstance(network, eagle.EagleConfig):
         _only(cfg, "eagle", ("auto", "dynamic", "static"))
@@ -52,17 +56,28 @@ def with_drafter(
         _only(cfg, "jakiro", ("auto", "dynamic"))
         return jakiro_drafter.make_drafter(network, draw=draw, **tree)
     _only(cfg, "kangaroo", ("auto", "chain", "dynamic"), stops=True)
-    rule = stop.confidence() if cfg.stop_rule == "confidence" else stop.fixed()
     if cfg.shape == "dynamic":
-        return kangaroo_drafter.make_tree_drafter(network, draw=draw, stop=rule, **tree)
-    return kangaroo_drafter.make_drafter(network, cfg.drafts, draw, rule)
+        if cfg.stop_rule == "head":
+            raise ValueError(
+                "speculation: stop_rule='head' with shape='dynamic'; expected 'chain' or 'auto'. The head was trained "
+                "on chains, and a level of a tree has many."
+            )
+        return kangaroo_drafter.make_tree_drafter(network, draw=draw, stop=_stop_rule(cfg), **tree)
+    return kangaroo_drafter.make_drafter(network, cfg.drafts, draw, _stop_rule(cfg))
 
 
-def drafter_params(cfg: SpeculationConfig, network: Any, params: Any) -> Any:
-    """The parameters as that drafter takes them."""
-    if not isinstance(network, kangaroo.KangarooConfig):
+def drafter_params(cfg: SpeculationConfig, network: Network, params: Any, stop_head: Any = None) -> Any:
+    """The parameters as that drafter takes them; `stop_head`, where the rule is `head`, are those of the head."""
+    if isinstance(network, eagle.EagleConfig | jakiro.JakiroConfig):
         return params
-    return {"adapter": params, "stop": {"eta": jnp.float32(cfg.eta)} if cfg.stop_rule == "confidence" else ()}
+    rule: Any = ()
+    if cfg.stop_rule == "confidence":
+        rule = {"eta": jnp.float32(cfg.eta)}
+    if cfg.stop_rule == "head":
+        rule = stop_head | {"threshold": jnp.float32(cfg.stop_threshold)}
+    if isinstance(network, DecoderConfig):
+        return {"model": unstack_layers(params), "stop": rule}
+    return {"adapter": params, "stop": rule}
 
 
 # ----------------------------------------------------------------------------------------------------------- private
@@ -71,22 +86,55 @@ def _from_folder(cfg: SpeculationConfig, folder: Path, target: DecoderConfig) ->
     small = {"jaxaroo-eagle": eagle, "jaxaroo-jakiro": jakiro, "jaxaroo-kangaroo": kangaroo}
     if network := small.get(kind):
         config, params = checkpoint.load_for(folder, target, network.config_of, network.param_shapes)
-        return Speculation(with_drafter(cfg, config), verify.coupled(), drafter_params(cfg, config, params))
-    _only(cfg, "small model", ("auto", "chain"))
-    config, params = hf.load(folder, dtype=target.dtype)  # type: ignore[arg-type]
-    if config.vocab_size != target.vocab_size:
+    else:
+        config = dataclasses.replace(hf.read_config(folder), dtype=target.dtype)
+        if config.vocab_size != target.vocab_size:
+            raise CheckpointError(
+                f"{folder}: a vocabulary of {config.vocab_size}; expected {target.vocab_size}, that of the model it "
+                "drafts for. Use a drafter with the same tokenizer."
+            )
+        params = None
+    drafter, head = with_drafter(cfg, config), _stop_head(cfg, config)  # which may refuse, before a whole model is read
+    if params is None:
+        params = hf.load(folder, dtype=target.dtype).params  # type: ignore[arg-type]
+    return Speculation(drafter, verify.coupled(), drafter_params(cfg, config, params, head))
+
+
+def _stop_rule(cfg: SpeculationConfig) -> stop.StopRule:
+    return {"none": stop.fixed, "confidence": stop.confidence, "head": stop.acceptance_head}[cfg.stop_rule]()
+
+
+def _stop_head(cfg: SpeculationConfig, network: Network) -> Any:
+    """The acceptance head that was trained on this network's states, if the rule asks for one."""
+    if cfg.stop_rule != "head":
+        return None
+    if cfg.stop_head is None:
+        raise ValueError("speculation: stop_rule='head' without stop_head; expected the folder of a trained head.")
+    exits = network.exit_layer if isinstance(network, kangaroo.KangarooConfig) else None
+    reads = network if isinstance(network, DecoderConfig) else network.target
+    folder = Path(cfg.stop_head)
+    head, params = checkpoint.load_for(folder, reads, heads.acceptance_config_of, heads.param_shapes)
+    if head.exit_layer != exits:
+        kind = lambda layer: "a small model" if layer is None else f"a Kangaroo adapter behind layer {layer}"
         raise CheckpointError(
-            f"{folder}: a vocabulary of {config.vocab_size}; expected {target.vocab_size}, that of the model it drafts "
-            "for. Use a drafter with the same tokenizer."
+            f"{folder}: a head for {kind(head.exit_layer)}; expected one for {kind(exits)}. Train one for this drafter."
         )
-    drafter = small_model.make_drafter(config, cfg.drafts, _draw(cfg, False), cfg.chains)
-    return Speculation(drafter, verify.coupled(), unstack_layers(params))
+    return params
+
+
+def _judge_params(cfg: SpeculationConfig, target: DecoderConfig) -> Any:
+    if cfg.verifier != "judge":
+        return ()
+    if cfg.judge is None:
+        raise ValueError("speculation: verifier='judge' without judge; expected the folder of a trained judge.")
+    params = checkpoint.load_for(Path(cfg.judge), target, heads.judge_config_of, heads.param_shapes)[1]
+    return params | {"threshold": jnp.float32(cfg.judge_threshold)}
 
 
 def _draw(cfg: SpeculationConfig, tree: bool) -> Draw:
     if cfg.draw != "auto":
         return cfg.draw
-    if cfg.verifier in ("auto", "coupled"):
+    if cfg.verifier in ("auto", "coupled", "judge"):
         return "shared"
     return "without_replacement" if tree else "independent"
 
@@ -96,6 +144,8 @@ def _rule(cfg: SpeculationConfig, drafter: Drafter) -> Verifier:
         return verify.rejection(drafter.most, drafter.proposal)
     if cfg.verifier == "k-seq":
         return verify.k_seq(cfg.chains)
+    if cfg.verifier == "judge":
+        return verify.judge(verify.coupled(), drafter.most)
     return verify.coupled()
 
 
@@ -104,7 +154,8 @@ def _only(cfg: SpeculationConfig, name: str, shapes: tuple[str, ...], *, stops=F
         raise ValueError(f"speculation: shape={cfg.shape!r} with {name}; expected {' or '.join(map(repr, shapes))}.")
     if cfg.stop_rule != "none" and not stops:
         raise ValueError(
-            f"speculation: stop_rule={cfg.stop_rule!r} with {name}; expected 'none'. Kangaroo has stop rules."
+            f"speculation: stop_rule={cfg.stop_rule!r} with {name}; expected 'none'. Kangaroo and small models "
+            "have stop rules."
         )
     if cfg.draw != "auto" and not drawn:
         raise ValueError(

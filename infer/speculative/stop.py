@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ...models.heads import acceptance_logits
+
 
 class StopRule(NamedTuple):
     """Two pure functions; `params` is whatever the rule documents."""
@@ -50,20 +52,15 @@ def acceptance_head() -> StopRule:
     So what is known of the drafts lags by one: nothing is asked after the first, and the newest is verified without
     having been assessed. At least two are drafted.
 
-    Its parameters are `{"blocks": {"weight": [n, D, D], "bias": [n, D]}, "head": {"weight": [2, D], "bias": [2]},
-    "threshold": []}`, for n residual blocks and weights as [out, in]. In the head that the paper's authors released all
-    blocks are the same one.
+    Its parameters are those of the head in `models/heads.py`, `{"blocks": {"weight": [n, D, D], "bias": [n, D]},
+    "head": {"weight": [2, D], "bias": [2]}}`, and `"threshold": []`.
     """
     return _ACCEPTANCE_HEAD
 
 
 def acceptance(params: Any, hidden: Float[Array, "B D"]) -> Float[Array, " B"]:
-    """p = softmax(W_head x + b)[1], x behind residual blocks `x + SiLU(W x + b)`; in float32."""
-    x = hidden.astype(jnp.float32)
-    blocks = params["blocks"]
-    for i in range(blocks["weight"].shape[0]):
-        x = x + jax.nn.silu(_linear(jax.tree.map(lambda w, i=i: w[i], blocks), x))
-    return jax.nn.softmax(_linear(params["head"], x), axis=-1)[:, 1]
+    """How likely the head of `models/heads.py` finds it that what each state read last is accepted; in float32."""
+    return jax.nn.softmax(acceptance_logits(params, hidden), axis=-1)[:, 1]
 
 
 # ----------------------------------------------------------------------------------------------------------- private
@@ -81,11 +78,6 @@ def _refused(
     assessed = step > 1  # the state behind the first draft has read the root alone
     all_accepted = jnp.where(assessed, all_accepted * acceptance(params, hidden), all_accepted)
     return all_accepted, assessed & (1 - all_accepted > params["threshold"])
-
-
-def _linear(layer: Any, x: Float[Array, "B D"]) -> Float[Array, "B E"]:
-    y = jnp.einsum("bd,ed->be", x, layer["weight"].astype(jnp.float32), preferred_element_type=jnp.float32)
-    return y + layer["bias"].astype(jnp.float32)[None]
 
 
 _FIXED = StopRule("fixed", lambda batch: (), _never)

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ...models.heads import judge_logit
 from ..sampling import SamplingArrays, choose
 from .tree import DraftTree, Proposal, child_index, children, take_row
 
@@ -114,15 +115,15 @@ def k_seq(chains: int) -> Verifier:
 def judge(base: Verifier, most: int) -> Verifier:
     """`base`, and where it refuses, the first child whose hidden state the judge finds good.
 
-    Its parameters are `{"weight": [D], "bias": [], "threshold": []}`; a child passes when
-    `sigmoid(weight . hidden + bias) > threshold`. The paper's threshold and class weights were not published.
+    Its parameters are those of the judge in `models/heads.py`, and `"threshold": []`: `{"weight": [D], "bias": [],
+    "threshold": []}`. A child passes when `sigmoid(weight . hidden + bias) > threshold`. The paper's threshold and
+    class weights were not published.
     """
 
     def choose_next(params: Any, node: Node) -> Choice:
         choice = base.choose_next(params, node)
         kids = child_index(node.tree, node.alike, most)
-        score = jnp.einsum("bcd,d->bc", node.hidden.astype(jnp.float32), params["weight"].astype(jnp.float32))
-        good = jax.nn.sigmoid(score + params["bias"]) > params["threshold"]
+        good = jax.nn.sigmoid(judge_logit(params, node.hidden)) > params["threshold"]
         passes = jnp.take_along_axis(good, jnp.maximum(kids, 0), axis=1) & (kids >= 0)
         first = jnp.argmax(passes, axis=1)
         overruled = (choice.child < 0) & jnp.any(passes, axis=1)

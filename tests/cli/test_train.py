@@ -1,8 +1,14 @@
 """`jaxaroo train ...`."""
 
+import dataclasses
 import json
 
+import jax
+import pytest
+
 from jaxaroo.cli.train import acceptance
+from jaxaroo.models import hf
+from jaxaroo.models.decoder import Model, init_params
 
 
 def test_train_writes_a_model_that_can_be_asked(run, trained):
@@ -22,3 +28,74 @@ def test_acceptance_counts_tokens_and_depths():
     """Of 4 steps, one emitted 1 token, one 2, two 3: a draft is one token less."""
     found = acceptance([0, 1, 1, 2])
     assert found == {"tau": (1 + 2 + 3 + 3) / 4, "accepted_1": 3 / 4, "accepted_2": 2 / 4}
+
+
+SHORT = ("--steps", 2, "--optimizer.warmup-steps", 0, "--batch.size", 8, "--batch.max-length", 32)
+
+
+@pytest.fixture(scope="module")
+def small(speaking, tmp_path_factory):
+    """A smaller model with the same tokenizer, and rows with labels."""
+    folder = tmp_path_factory.mktemp("heads")
+    cfg = dataclasses.replace(hf.read_config(speaking), num_layers=1, embed_dim=8)
+    hf.save(folder / "small", Model(cfg, init_params(cfg, jax.random.key(1))))
+    rows = [{"prompt": f"say {i}", "completion": f" {i} {i}", "label": i % 2 == 0} for i in range(20)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def said(output):
+    return json.loads(output)["token_ids"]
+
+
+@pytest.mark.optimizer
+def test_an_acceptance_head_is_trained_measured_and_used(run, speaking, small, tmp_path):
+    base = ("--target", speaking, "--drafter", small / "small", "--data", small / "rows.jsonl")
+    status, _, err = run("train", "acceptance", *base, *SHORT, "--out", tmp_path / "run", "--evaluate-every", 2)
+    assert (status, f"wrote {tmp_path / 'run' / 'model'}" in err) == (0, True)
+    [found] = map(json.loads, (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines())
+    assert {"step", "tau", "accepted_1", "drafted"} <= found.keys()
+    assert 2 <= found["drafted"] <= 6
+    ask = ("generate", "--model", speaking, "--prompt", "say 3", "--max-new-tokens", 12, "--seed", 3, "--json")
+    head = ("--drafter", small / "small", "--stop-rule", "head", "--stop-head", tmp_path / "run" / "model")
+    plain, drafted = run(*ask), run(*ask, *head, "--speculate", "on")
+    assert (plain[0], drafted[0], drafted[2]) == (0, 0, "")
+    assert said(plain[1]) == said(drafted[1])
+
+
+@pytest.mark.optimizer
+def test_a_judge_is_trained_and_what_it_passes_comes_with_a_warning(run, speaking, small, tmp_path):
+    base = ("--target", speaking, "--data", small / "rows.jsonl")
+    status, _, _ = run("train", "judge", *base, *SHORT, "--out", tmp_path / "run", "--negative-weight", 2)
+    assert status == 0
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model_type"] == "jaxaroo-judge"
+    ask = ("generate", "--model", speaking, "--prompt", "say 3", "--max-new-tokens", 12, "--temperature", 0, "--json")
+    judge = ("--drafter", small / "small", "--verifier", "judge", "--judge", tmp_path / "run" / "model")
+    warning = "warning: judge over coupled: what follows is not the model's own distribution\n"
+    plain, free = run(*ask), run(*ask, *judge, "--judge-threshold", 0)
+    assert (free[0], free[2]) == (0, warning)
+    assert said(free[1]) != said(plain[1])  # every draft passes
+    off = run(*ask, *judge, "--speculate", "off")
+    assert (said(off[1]), off[2]) == (said(plain[1]), "")
+
+
+@pytest.mark.errors
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        (["acceptance", "--data", "{h}/rows.jsonl"], 1, "found no --drafter; expected the folder"),
+        (["acceptance", "--data", "{h}/rows.jsonl", "--drafter", "{h}/none"], 1, "none"),
+        (["judge", "--data", "{h}/plain.jsonl"], 1, "plain.jsonl:1"),
+        (["judge", "--data", "{h}/rows.jsonl", "--regenerate", "{h}/new.jsonl"], 2, "a label belongs to the answer"),
+        (["judge", "--data", "{h}/rows.jsonl", "--negative-weight", "-1"], 1, "negative_weight: found -1.0; expected"),
+        (["acceptance", "--data", "{h}/rows.jsonl", "--drafter", "{h}/small", "--keep", "1"], 1, "keep: found 1.0"),
+    ],
+)
+def test_what_a_head_cannot_be_trained_from_is_explained(run, speaking, small, tmp_path, argv, status, message):
+    (small / "plain.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    kind, *rest = [a.format(h=small) for a in argv]
+    got, out, err = run("train", kind, "--target", speaking, *rest, *SHORT, "--out", tmp_path / "out")
+    assert (got, out) == (status, "")
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()

@@ -155,7 +155,7 @@ def test_catching_up_is_beginning_anew():
 
 def test_auto_weighs_only_where_answers_cannot_depend_on_it():
     chain = small_model.make_drafter(CFG, 2, "independent")
-    sampled = Speculation(chain, verify.rejection(1, "independent"), model().params)
+    sampled = Speculation(chain, verify.rejection(1, "independent"), {"model": model().params, "stop": ()})
     assert Engine(model(), speculation=drafting())._weighs
     assert not Engine(model(), speculation=sampled)._weighs
     assert not Engine(model(), speculation=drafting(), speculate="on")._weighs

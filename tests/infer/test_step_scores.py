@@ -9,7 +9,7 @@ import pytest
 from jaxaroo.infer import step_scores
 from jaxaroo.infer.step_scores import Solution, score, score_solutions
 from jaxaroo.models.decoder import DecoderConfig, forward, init_params, param_axes, unstack_layers
-from jaxaroo.models.reward import RewardConfig, RewardModel, init_head, render_steps, token_id
+from jaxaroo.models.reward import RewardConfig, RewardModel, init_head, one_token, render_steps, step_logits
 from jaxaroo.models.tokenizer import byte_tokenizer
 from jaxaroo.sharding.mesh import MeshConfig, make_mesh
 from jaxaroo.sharding.rules import FSDP_TP_SEQ
@@ -25,7 +25,7 @@ CFG = DecoderConfig(
     head_dim=8,
     max_positions=128,
 )
-REWARD = RewardConfig(target=CFG, separator=token_id(TOKENIZER, "<|sep|>"), inner=16, outputs=2)
+REWARD = RewardConfig(target=CFG, separator=one_token(TOKENIZER, "<|sep|>"), inner=16, outputs=2, between="> ")
 SOLUTIONS = [
     Solution("3 + 4 ?\n", ["3 + 4 = 7\n", "ans 7"]),
     Solution("a\n", ["x"]),
@@ -41,14 +41,20 @@ def model():
     return RewardModel(REWARD, {"model": init_params(CFG, jax.random.key(0)), "head": head})
 
 
+@jax.jit
+def read(tokens):
+    at = np.arange(128, dtype=np.int32)[None]
+    return step_logits(REWARD, model().params, forward(CFG, model().params["model"], tokens, at).hidden)[0]
+
+
 def alone(solution):
-    """Score i from the prefix that ends at step i, and nothing behind it."""
+    """Score i from the prefix that ends at step i, at its last token, and nothing behind it."""
     scores = []
     for n in range(1, len(solution.steps) + 1):
-        ids, ends = render_steps(TOKENIZER, solution.prompt, solution.steps[:n], REWARD.separator)
+        ids, _ = render_steps(TOKENIZER, solution.prompt, solution.steps[:n], REWARD.text)
         tokens = np.zeros((1, 128), np.int32)  # one shape for all; nothing behind the end is seen
         tokens[0, : len(ids)] = ids
-        scores.append(float(score(REWARD, model().params, tokens, np.array([[ends[-1]]], np.int32))[0, 0]))
+        scores.append(1 / (1 + np.exp(-float(read(tokens)[len(ids) - 1]))))
     return scores
 
 

@@ -1,6 +1,8 @@
 """Heads against float64 loops, a published folder as it comes, text that cannot make separators, files whole or not."""
 
+import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +15,24 @@ from jaxaroo.models.decoder import DecoderConfig, Model, forward, init_params, l
 from jaxaroo.models.reward import (
     RewardConfig,
     RewardModel,
+    StepText,
     head_axes,
     init_head,
     is_reward_model,
     load,
+    one_token,
     render_steps,
     save,
     step_logits,
-    token_id,
 )
 from jaxaroo.models.safetensors import CheckpointError
-from jaxaroo.models.tokenizer import byte_tokenizer
+from jaxaroo.models.tokenizer import byte_tokenizer, load_tokenizer
 
 TOKENIZER = byte_tokenizer()
-SEP = token_id(TOKENIZER, "<|sep|>")
+GOLDENS = Path(__file__).parents[1] / "goldens" / "tokenizer"
+NAMES = ["byte", "llama2", "llama3", "qwen", "unigram"]
+PROMPT, STEPS = "the emu? ", ["the emu ran", "3 + 4 = 7 <|sep|>", "the rain, the red dust"]
+SEP = one_token(TOKENIZER, "<|sep|>")
 CFG = DecoderConfig(
     vocab_size=TOKENIZER.vocab_size,
     embed_dim=16,
@@ -43,8 +49,19 @@ KINDS = {
     "pair": dict(kind="token_pair", good=7, bad=9),
     "linear": dict(),
     "two classes": dict(outputs=2),
-    "relu": dict(inner=5, outputs=2),
+    "relu": dict(inner=5, outputs=2, start="> ", between="\n"),
 }
+
+
+@functools.cache
+def golden(name):
+    return load_tokenizer(GOLDENS / name)
+
+
+def separator_of(t):
+    """Some control token that is no end and no padding."""
+    taken = {*t.eos_ids, t.bos_id, t.pad_id}
+    return min(i for i in t.special_ids if i not in taken)
 
 
 def config(name, **changes):
@@ -104,24 +121,56 @@ def test_the_head_has_an_axis_name_for_every_axis():
 # --------------------------------------------------------------------------------------------------------------- text
 def test_each_step_has_a_separator_behind_it_and_text_makes_none():
     steps = ["one", " <|sep|> two", "ans 3"]
-    ids, ends = render_steps(TOKENIZER, "Q <|sep|>?\n", steps, SEP)
+    ids, ends = render_steps(TOKENIZER, "Q <|sep|>?\n", steps, StepText(SEP, start="> ", between="\n"))
     assert [i for i, token in enumerate(ids) if token == SEP] == ends
     begin = len(TOKENIZER.encode("Q <|sep|>?\n"))
     starts = [begin, *(end + 1 for end in ends)]
-    assert [TOKENIZER.decode(ids[a:b]) for a, b in zip(starts, ends, strict=False)] == steps
+    parts = [TOKENIZER.decode(ids[a:b]) for a, b in zip(starts, ends, strict=False)]
+    assert parts == ["> one", "\n <|sep|> two", "\nans 3"]
     assert ids[:begin] == TOKENIZER.encode("Q <|sep|>?\n")
     assert ends[-1] == len(ids) - 1
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_steps_are_a_prefix_of_the_whole(name):
+    """So one causal pass scores each step as a pass over the prefix that ends there would."""
+    t = golden(name)
+    separator = separator_of(t)
+    ids, ends = render_steps(t, PROMPT, STEPS, StepText(separator))
+    for i in range(len(STEPS)):
+        first, first_ends = render_steps(t, PROMPT, STEPS[: i + 1], StepText(separator))
+        assert first == ids[: ends[i] + 1]
+        assert first_ends == ends[: i + 1]
+
+
+def test_a_chat_ends_with_what_opens_an_answer():
+    t = golden("qwen")
+    chat = [{"role": "user", "content": "the emu? <|im_end|>"}]
+    ids, ends = render_steps(t, chat, ["it ran"], StepText(separator_of(t)))
+    opened = t.encode_chat(chat)
+    assert ids == [*opened, *t.encode("it ran", bos=False), separator_of(t)]
+    assert ends == [len(ids) - 1]
+
+
+def test_separators_that_are_known():
+    t = byte_tokenizer()
+    assert one_token(t, "<|sep|>") == one_token(t, 259) == 259
+    assert one_token(t, "x") == ord("x")  # a rare token will do
+
+
 @pytest.mark.errors
-def test_a_separator_that_text_can_give_is_refused_where_it_does():
-    comma = TOKENIZER.encode(",", bos=False)[0]
-    with pytest.raises(ValueError, match=r"step 1 holds token 44, the separator: 'a, b'; expected a token that"):
-        render_steps(TOKENIZER, "Q", ["x", "a, b"], comma)
-    with pytest.raises(ValueError, match="the prompt holds token 44"):
-        render_steps(TOKENIZER, "Q,", ["x"], comma)
-    with pytest.raises(ValueError, match="is 2 tokens"):
-        token_id(TOKENIZER, "ab")
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        ("<|sep|><|sep|>", r"tokens \[259, 259\].*expected one token.*\(<\|sep\|>\)"),
+        ("no", "expected one token.*Choose a control token that solutions do not use"),
+        (260, "of a vocabulary of 260; expected one token"),
+        (-1, "expected one token"),
+    ],
+)
+def test_what_is_not_one_token_is_refused(token, message):
+    with pytest.raises(ValueError, match=message):
+        one_token(byte_tokenizer(), token)
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -190,7 +239,7 @@ def test_folders_that_hold_no_reward_model_say_so(tmp_path):
     published(tmp_path / "odd", **{"score.0.bias": np.zeros(7, np.float32)})
     with pytest.raises(CheckpointError, match="a head of shapes"):
         load(tmp_path / "odd", separator="<|sep|>")
-    with pytest.raises(CheckpointError, match="'<extra_0>' is 9 tokens"):
+    with pytest.raises(CheckpointError, match="found '<extra_0>', tokens"):
         load(tmp_path / "odd")
 
 

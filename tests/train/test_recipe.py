@@ -1,5 +1,6 @@
 """Every kind that trains beside a target: it learns, the target stays, it resumes to the bit, and it serves."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,15 +11,25 @@ from jaxaroo.infer.engine import Engine
 from jaxaroo.infer.sampling import Sampling
 from jaxaroo.infer.speculative.load import load_speculation
 from jaxaroo.infer.speculative.settings import SpeculationConfig
-from jaxaroo.models import hf
+from jaxaroo.models import checkpoint, heads, hf, kangaroo
 from jaxaroo.models.decoder import DecoderConfig, Model, init_params
 from jaxaroo.models.lora import LoraConfig
 from jaxaroo.models.tokenizer import byte_tokenizer
-from jaxaroo.train.checkpoint import CheckpointConfig
+from jaxaroo.train import run
+from jaxaroo.train.checkpoint import CheckpointConfig, DamagedCheckpointError
 from jaxaroo.train.data.pipeline import BatchConfig
+from jaxaroo.train.data.tokenise import Encoded
 from jaxaroo.train.metrics import read_records
 from jaxaroo.train.optimizer import OptimizerConfig
-from jaxaroo.train.recipe import RECIPES, DrafterOptions, EarlyExitOptions, Origin
+from jaxaroo.train.recipe import (
+    RECIPES,
+    AcceptanceOptions,
+    DrafterOptions,
+    EarlyExitOptions,
+    JudgeOptions,
+    Origin,
+    network_config,
+)
 from jaxaroo.train.run import RunConfig, read_run, resume, start
 
 KINDS = {
@@ -47,6 +58,12 @@ def target(tmp_path_factory):
     tokenizer.save(folder / "model")
     rows = [{"prompt": f"say {i % 5}", "completion": f" {i % 5} {i % 5} {i % 5}"} for i in range(40)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labelled = [row | {"label": i % 5 > 2} for i, row in enumerate(rows)]
+    (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    small = dataclasses.replace(cfg, embed_dim=8, num_layers=1)
+    hf.save(folder / "small", Model(small, init_params(small, jax.random.key(1))))
+    adapter = kangaroo.KangarooConfig(target=cfg, exit_layer=1)
+    checkpoint.save(folder / "adapter", kangaroo.KIND, adapter, kangaroo.init_params(adapter, jax.random.key(2)))
     return folder
 
 
@@ -112,11 +129,156 @@ def test_trains_beside_its_target_resumes_to_the_bit_and_serves(target, tmp_path
     assert answers[0] == answers[1]
 
 
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def answers(target, speculation, temperatures=(0.0, 1.0)):
+    sampling = [Sampling(temperature=t, max_tokens=12, seed=1) for t in temperatures]
+    with Engine(hf.load(target / "model"), byte_tokenizer(), speculation=speculation, speculate="on") as engine:
+        said = [r.outputs[0].token_ids for r in engine.generate(["say 3", "say 4"], sampling)]
+        return said, engine.stats()
+
+
+@pytest.mark.optimizer
+@pytest.mark.parametrize("name", ["small", pytest.param("adapter", marks=pytest.mark.proof)])
+def test_an_acceptance_head_trains_beside_two_frozen_networks_resumes_and_serves(target, tmp_path, name):
+    options = AcceptanceOptions(drafter=str(target / name), blocks=1)
+    before = [files(target / folder) for folder in ("model", name)]
+    whole, left, seen = tmp_path / "whole", tmp_path / "left", []
+
+    def evaluate(config, frozen, trained):
+        seen.append(jax.tree.map(np.shape, frozen))
+        return {}
+
+    assert run.start("acceptance", settings(target, whole, evaluate_every=6), options, evaluate=evaluate).finished
+    assert [files(target / folder) for folder in ("model", name)] == before
+    [frozen] = seen
+    assert frozen["target"]["embed"] == (byte_tokenizer().vocab_size, 16)
+    assert ("embed" in frozen["drafter"]) == (name == "small")
+    metrics = read_records(whole / "metrics.jsonl")
+    for line in metrics:  # of drafts of tokens that count, 85 % but for the last of each row
+        assert 0.5 < line["drawn"] < 1
+        assert 0 < line["acceptance"] <= line["drawn"]
+        assert line["weight"] == pytest.approx(6 * (line["drawn"] - line["acceptance"]) + line["acceptance"], rel=1e-4)
+    assert len({line["acceptance"] for line in metrics}) == 6  # drawn anew in each step
+
+    def stop_here(config, frozen, trained):
+        seen.append(None)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        run.start("acceptance", settings(target, left, evaluate_every=1), options, evaluate=stop_here)
+    assert [p.name for p in (left / "checkpoints").iterdir()] == ["3"]
+    saved = sum(f.stat().st_size for f in (left / "checkpoints").rglob("*") if f.is_file())
+    assert saved < sum(f.stat().st_size for f in (target / "model").iterdir())  # neither network is in it
+    assert resume(left).finished
+    assert files(left / "model") == files(whole / "model")
+    assert records_of(left) == records_of(whole)
+
+    drafting = SpeculationConfig(
+        drafter=str(target / name), stop_rule="head", stop_head=str(whole / "model"), stop_threshold=0.6, drafts=5
+    )
+    config = hf.read_config(target / "model")
+    said, stats = answers(target, load_speculation(drafting, config))
+    assert said == answers(target, None)[0]
+    assert 2 * stats["steps"] <= stats["drafted_tokens"] < 5 * stats["steps"]
+
+
+def records_of(out):
+    """Metrics without what a clock says."""
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_records(out / "metrics.jsonl")]
+
+
+@pytest.mark.optimizer
+def test_a_head_knows_its_drafter_again(target, tmp_path, monkeypatch):
+    """The frozen networks are not saved, but their fingerprints are."""
+    other = tmp_path / "drafter"
+    config = hf.read_config(target / "small")
+    hf.save(other, Model(config, init_params(config, jax.random.key(1))))
+    monkeypatch.chdir(tmp_path)
+    options = AcceptanceOptions(drafter="drafter", blocks=1)
+    assert run.start("acceptance", settings(target, tmp_path / "out", steps=1), options).finished
+    assert read_run(tmp_path / "out")[2] == dataclasses.replace(options, drafter=str(other))  # from wherever it goes on
+    hf.save(other, Model(config, init_params(config, jax.random.key(2))), overwrite=True)
+    with pytest.raises(DamagedCheckpointError, match=r"bits of .*frozen.*drafter"):
+        resume(tmp_path / "out")
+
+
+@pytest.mark.optimizer
+def test_a_judge_trains_on_labels_and_what_it_passes_is_called_lossy(target, tmp_path):
+    data, out = str(target / "labelled.jsonl"), tmp_path / "out"
+    cfg = settings(target, out, data=data, steps=30, optimizer=OptimizerConfig(learning_rate=3e-2, warmup_steps=0))
+    assert run.start("judge", cfg, JudgeOptions(negative_weight=2.0)).finished
+    metrics = read_records(out / "metrics.jsonl")
+    assert np.mean([r["loss"] for r in metrics[-5:]]) < 0.8 * metrics[0]["loss"]
+    assert metrics[0]["loss"] == pytest.approx(
+        np.log(2) * (1 + metrics[0]["bad_tokens"] / metrics[0]["tokens"]), rel=1e-4
+    )
+    assert all(0 < r["bad_tokens"] < r["tokens"] for r in metrics)
+    assert np.mean([r["recall_of_bad"] for r in metrics[-5:]]) > 0.6
+    base = SpeculationConfig(drafter=str(target / "small"), verifier="judge", judge=str(out / "model"))
+    config = hf.read_config(target / "model")
+    said = {}
+    for threshold in (0.0, 1.0):  # all pass; none does, and the rule is its base
+        spec = load_speculation(dataclasses.replace(base, judge_threshold=threshold), config)
+        assert not spec.verifier.lossless
+        said[threshold], _ = answers(target, spec)
+    assert said[1.0] == answers(target, None)[0] != said[0.0]
+
+
+@pytest.mark.parametrize("labels", [None, [0, 1, 1], [0, 1, 0]])
+def test_a_run_is_known_again_by_its_labels_too(target, tmp_path, labels):
+    cfg, seen = settings(target, tmp_path), []
+    for given in (labels, [0, 1, 0.5]):
+        given = None if given is None else np.float32(given)
+        encode = lambda example, given=given: Encoded(np.arange(3), np.array([False, True, True]), labels=given)
+        seen.append(run._mark_of(cfg, [{}, {}], encode))
+    assert seen[0] != seen[1]
+    if labels is None:  # as it was before there were any: runs go on
+        rows = [[[0, 1, 2], [False, True, True], None]] * 2
+        known = dataclasses.asdict(cfg.batch) | {"micro_batches": None}
+        text = json.dumps([cfg.seed, known, 2, rows])
+        assert seen[0] == run.hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(("name", "layer", "width"), [("small", None, 8), ("adapter", 1, 16)])
+def test_a_head_belongs_to_the_network_whose_states_it_reads(target, name, layer, width):
+    config = hf.read_config(target / "model")
+    cfg = network_config("acceptance", config, AcceptanceOptions(drafter=str(target / name), blocks=2))
+    assert (cfg.exit_layer, cfg.target.embed_dim, cfg.blocks) == (layer, width, 2)
+    assert isinstance(network_config("judge", config, JudgeOptions()), heads.JudgeConfig)
+
+
 @pytest.mark.errors
-@pytest.mark.parametrize("name", ["eagle", "kangaroo"])
+@pytest.mark.parametrize("name", ["eagle", "kangaroo", "acceptance", "judge"])
 def test_adapters_beside_a_frozen_target_are_refused(target, name):
-    kind, options = KINDS[name]
+    kind, options = (KINDS | {"acceptance": ("acceptance", None), "judge": ("judge", None)})[name]
     config = hf.read_config(target / "model")
     origin = Origin(config, byte_tokenizer(), None)
     with pytest.raises(ValueError, match="beside a drafter"):
         RECIPES[kind].trainable(origin, options, LoraConfig())
+
+
+@pytest.mark.errors
+def test_what_cannot_draft_has_no_acceptance_head(target, tmp_path):
+    config = hf.read_config(target / "model")
+    ask = lambda folder: network_config("acceptance", config, AcceptanceOptions(drafter=folder and str(folder)))
+    with pytest.raises(ValueError, match="found no --drafter; expected the folder"):
+        ask(None)
+    judge = heads.JudgeConfig(target=config)
+    checkpoint.save(tmp_path / "judge", heads.JUDGE, judge, heads.init_params(judge, jax.random.key(0)))
+    with pytest.raises(ValueError, match="holds 'jaxaroo-judge'; expected a smaller model or a Kangaroo adapter"):
+        ask(tmp_path / "judge")
+    narrow = dataclasses.replace(config, vocab_size=7)
+    hf.save(tmp_path / "other", Model(narrow, init_params(narrow, jax.random.key(0))))
+    with pytest.raises(ValueError, match=f"a vocabulary of 7; expected {config.vocab_size}"):
+        ask(tmp_path / "other")
+    deeper = dataclasses.replace(config, num_layers=3)
+    with pytest.raises(ValueError, match="num_layers"):
+        network_config("acceptance", deeper, AcceptanceOptions(drafter=str(target / "adapter")))
+    with pytest.raises(ValueError, match="has rows of layout sft; expected a file of layout unpaired"):
+        run.start("judge", settings(target, tmp_path / "out", data="builtin:arithmetic"))
+    assert not (tmp_path / "out").exists()

@@ -24,14 +24,20 @@ class Batch(NamedTuple):
 
     What stands at a token's position predicts its target.
     Segments number the examples of a row from 1; 0 is padding. A token sees its own segment alone.
+
+    Of an example with labels (`Encoded.labels`) all tokens stand in the row, the last one with target 0, and what mask,
+    weights and labels say is of the token at that position itself, not of its target: it is what a head is to make of
+    the state that has read it.
     """
 
     tokens: Int[Array, "*M B T"]
     targets: Int[Array, "*M B T"]
     positions: Int[Array, "*M B T"]  # from 0 in every segment
     segments: Int[Array, "*M B T"]
-    mask: Bool[Array, "*M B T"]  # the target is part of a completion, and counts
-    weights: Float[Array, "*M B T"]  # of the loss at that target; 0 outside the mask
+    mask: Bool[Array, "*M B T"]  # the target is part of a completion, and counts; or the token has a label
+    weights: Float[Array, "*M B T"]  # of the loss at that target, or token; 0 outside the mask
+    labels: Float[Array, "*M B T"] | None = None  # 0 outside the mask, and where there are none; None in batches
+    # that were not made from examples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +132,7 @@ class Batches:
         made = made.filter(lambda features: features is not None)
         stream = made.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4 * rows))
         if cfg.packing:
-            lengths = dict.fromkeys(("tokens", "targets", "mask", "weights"), cfg.max_length)
+            lengths = dict.fromkeys(("tokens", "targets", "mask", "weights", "labels"), cfg.max_length)
             packed = grain.experimental.FirstFitPackIterDataset(
                 stream, length_struct=lengths, num_packing_bins=rows, shuffle_bins=False
             )
@@ -152,9 +158,14 @@ class Batches:
                 )
             return None
         self._misses[shard] = 0
-        mask = encoded.scored[1:]
+        ids, mask, labels = encoded.ids, encoded.scored, encoded.labels
+        if labels is None:
+            tokens, targets, mask = ids[:-1], ids[1:], mask[1:]
+            labels = np.zeros(len(mask), np.float32)
+        else:
+            tokens, targets = ids, np.append(ids[1:], np.int32(0))
         weights = mask.astype(np.float32) * np.float32(example.get("weight", 1.0))
-        return {"tokens": encoded.ids[:-1], "targets": encoded.ids[1:], "mask": mask, "weights": weights}
+        return {"tokens": tokens, "targets": targets, "mask": mask, "weights": weights, "labels": labels}
 
     def _length(self, group: Sequence[Mapping[str, np.ndarray]]) -> int:
         most = self._cfg.max_length
@@ -171,7 +182,7 @@ def count_units(batch: Batch) -> dict[str, Int[Array, ""]]:
     """How many of each unit a window of micro-batches holds: what sums of losses are divided by.
 
     Returns:
-      token: targets that count. sequence: examples. input: positions that are not padding.
+      token: targets that count, or tokens with a label. sequence: examples. input: positions that are not padding.
     """
     before = jnp.pad(batch.segments[..., :-1], [(0, 0)] * (batch.segments.ndim - 1) + [(1, 0)])
     starts = (batch.segments > 0) & (batch.segments != before)
@@ -189,6 +200,7 @@ def _named(packed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         "segments": packed["tokens_segment_ids"],
         "mask": packed["mask"],
         "weights": packed["weights"],
+        "labels": packed["labels"],
     }
 
 

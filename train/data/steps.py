@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ...models.reward import StepText, render_steps
 from ...models.tokenizer import Tokenizer
-from .tokenise import Encoded, Text
+from .tokenise import Encoded
 
 Span = tuple[int, int]  # characters [start, end) of a text
 Label = int | float | None  # int too: those who check types at run time tell them apart
@@ -43,15 +44,13 @@ class SplitConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepsConfig:
-    """What labels mean, and what is written around steps."""
+    """What labels mean."""
 
     column: Literal["labels", "soft"] = "labels"
     scale: Literal["shares", "signs"] = "shares"  # 0, bad, to 1, good; or PRM800K's -1 bad, 0 neutral, 1 good
     neutral: Literal["good", "bad", "mask"] = "good"  # what 0 of "signs" is
     wrong: float = 0.0  # a step that is worth no more than this is an error
     after_error: Literal["mask", "bad"] = "mask"  # what steps after the first error teach
-    start: str = ""  # text before the first step
-    between: str = ""  # text before every other one
 
     def __post_init__(self):
         choices = {"column": ("labels", "soft"), "scale": ("shares", "signs"), "neutral": ("good", "bad", "mask")}
@@ -112,25 +111,6 @@ def split_tokens(tokenizer: Tokenizer, ids: Sequence[int], ends: Sequence[int] |
     return [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
 
 
-def separator_token(tokenizer: Tokenizer, token: str | int) -> int:
-    """The id of what ends a step, which has to be one token.
-
-    Raises:
-      ValueError: if it is none of this tokenizer, or several.
-    """
-    ids = [token] if isinstance(token, int) else tokenizer.encode(token, bos=False, allow_special=True)
-    known = len(ids) == 1 and 0 <= ids[0] < tokenizer.vocab_size
-    if known and (isinstance(token, int) or tokenizer.decode(ids, skip_special=False).strip() == token.strip()):
-        return ids[0]
-    taken = {*tokenizer.eos_ids, tokenizer.bos_id, tokenizer.pad_id}
-    names = [tokenizer.decode([i], skip_special=False) for i in sorted(tokenizer.special_ids - taken)]
-    choice = f"a control token that solutions do not use ({', '.join(names[:8])})" if names else "a rare token"
-    found = f"{token!r}, tokens {ids!r:.60} of a vocabulary of {tokenizer.vocab_size}"
-    raise ValueError(
-        f"separator_token: found {found}; expected one token, known to it. Choose {choice}, or give an id."
-    )
-
-
 def step_targets(labels: Sequence[Label], cfg: StepsConfig = StepsConfig()) -> list[Label]:
     """What each step is worth to training, from 0, bad, to 1, good; None teaches nothing.
 
@@ -148,20 +128,8 @@ def step_targets(labels: Sequence[Label], cfg: StepsConfig = StepsConfig()) -> l
     return targets
 
 
-def render_steps(
-    tokenizer: Tokenizer, prompt: Text, steps: Sequence[str], separator_id: int, cfg: StepsConfig = StepsConfig()
-) -> tuple[list[int], list[int]]:
-    """Token ids of prompt and steps, and the index of each step's separator; messages end with what opens an answer."""
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
-    ends = []
-    for i, step in enumerate(steps):
-        ids += [*tokenizer.encode((cfg.between if i else cfg.start) + step, bos=False), separator_id]
-        ends.append(len(ids) - 1)
-    return ids, ends
-
-
 def encode_steps(
-    tokenizer: Tokenizer, row: Mapping[str, Any], separator_id: int, cfg: StepsConfig = StepsConfig()
+    tokenizer: Tokenizer, row: Mapping[str, Any], text: StepText, cfg: StepsConfig = StepsConfig()
 ) -> Encoded:
     """An example of layout `steps`: separators are scored where their step has a label that teaches something.
 
@@ -171,7 +139,7 @@ def encode_steps(
     if cfg.column not in row or len(row[cfg.column]) != len(row["steps"]):
         found = f"columns {sorted(row)!r:.100}" if cfg.column not in row else f"{len(row[cfg.column])} values"
         raise ValueError(f"encode_steps: found {found}; expected `{cfg.column}`, one for each of the steps.")
-    ids, ends = render_steps(tokenizer, row["prompt"], row["steps"], separator_id, cfg)
+    ids, ends = render_steps(tokenizer, row["prompt"], row["steps"], text)
     scored, labels = np.zeros(len(ids), bool), np.zeros(len(ids), np.float32)
     for end, target in zip(ends, step_targets(row[cfg.column], cfg), strict=True):
         if target is not None:

@@ -18,11 +18,12 @@ Text = str | Sequence[Mapping[str, Any]]
 
 
 class Encoded(NamedTuple):
-    """One sequence; `scored` marks the tokens of completions, which the model is to predict."""
+    """One sequence; `scored` marks the tokens of completions, which the model is to predict, or those with a label."""
 
     ids: np.ndarray  # int32 [T]
     scored: np.ndarray  # bool [T]
     mismatch: bool = False  # a prompt was no prefix of prompt + completion
+    labels: np.ndarray | None = None  # float32 [T]: what a token is worth, from 0, bad, to 1, good; 0 where not scored
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: Text, completion: Text) -> Encoded:
@@ -79,21 +80,26 @@ def encode_sft(tokenizer: Tokenizer, example: Mapping[str, Any]) -> Encoded:
     return encode_pair(tokenizer, example["prompt"], example["completion"])
 
 
+def encode_labelled(tokenizer: Tokenizer, example: Mapping[str, Any]) -> Encoded:
+    """An example of layout `unpaired`: every token of the completion, its end included, has the row's label."""
+    encoded = encode_pair(tokenizer, example["prompt"], example["completion"])
+    return encoded._replace(labels=encoded.scored * np.float32(example["label"]))
+
+
 def truncate(encoded: Encoded, max_length: int, how: Truncation = "keep_start") -> Encoded:
     """At most `max_length` tokens, from the start or from the end.
 
     The first token that is left is never scored, as nothing stands before it. What then has no scored token is of no
     use; callers drop and count it.
     """
-    if len(encoded.ids) <= max_length:
-        ids, scored = encoded.ids, encoded.scored
-    elif how == "keep_start":
-        ids, scored = encoded.ids[:max_length], encoded.scored[:max_length]
-    else:
-        ids, scored = encoded.ids[-max_length:], encoded.scored[-max_length:]
+    ids, scored, mismatch, labels = encoded
+    if len(ids) > max_length:
+        part = slice(max_length) if how == "keep_start" else slice(-max_length, None)
+        ids, scored = ids[part], scored[part]
+        labels = None if labels is None else labels[part]
     if len(scored) and scored[0]:
         scored = scored & (np.arange(len(scored)) > 0)
-    return Encoded(ids, scored, encoded.mismatch)
+    return Encoded(ids, scored, mismatch, None if labels is None else np.where(scored, labels, np.float32(0)))
 
 
 # ----------------------------------------------------------------------------------------------------------- private

@@ -5,4 +5,6 @@ sft.py       supervised fine-tuning: likelihood of completions
 eagle.py     a drafter guesses the target's next feature; also what every objective of that kind shares
 jakiro.py    the same with two experts, one of them two tokens ahead
 kangaroo.py  an adapter on the first layers guesses the target's next token
+specdec_pp.py  a head on the drafter's states: will this draft be accepted?
+judge.py     a head on the target's states: is this token good, from labels
 """

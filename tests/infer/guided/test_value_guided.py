@@ -26,7 +26,7 @@ SMALL = DecoderConfig(
 PROMPTS = [[5, 9, 1], [1], [2, 4, 6, 8, 10, 2]]
 SAMPLINGS = [
     Sampling(temperature=0.0, max_tokens=12, ignore_eos=True),
-    Sampling(temperature=1.0, max_tokens=14, top_p=0.9),
+    Sampling(temperature=1.0, max_tokens=24, top_p=0.35),  # often fewer tokens than candidates
     Sampling(temperature=0.7, max_tokens=5, repetition_penalty=1.3),
 ]
 
@@ -39,7 +39,7 @@ def policy():
 @functools.cache
 def reward():
     cfg = RewardConfig(target=SMALL, separator=3, inner=8)
-    head = jax.tree.map(lambda w: 4 * w, init_head(cfg, jax.random.key(2)))
+    head = jax.tree.map(lambda w: 12 * w, init_head(cfg, jax.random.key(2)))
     return RewardModel(cfg, {"model": unstack_layers(init_params(SMALL, jax.random.key(1))), "head": head})
 
 

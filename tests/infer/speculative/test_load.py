@@ -3,11 +3,12 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from jaxaroo.infer.speculative.load import load_speculation
 from jaxaroo.infer.speculative.settings import SpeculationConfig
-from jaxaroo.models import checkpoint, eagle, hf, jakiro, kangaroo
+from jaxaroo.models import checkpoint, eagle, heads, hf, jakiro, kangaroo
 from jaxaroo.models.decoder import DecoderConfig, Model, init_params
 from jaxaroo.models.safetensors import CheckpointError
 
@@ -19,6 +20,12 @@ NETWORKS = {
     "jakiro": (jakiro, jakiro.JakiroConfig(target=CFG)),
     "kangaroo": (kangaroo, kangaroo.KangarooConfig(target=CFG, exit_layer=1)),
 }
+SMALL = dataclasses.replace(CFG, num_layers=1)
+HEADS = {
+    "small head": heads.AcceptanceConfig(target=SMALL, blocks=2),
+    "kangaroo head": heads.AcceptanceConfig(target=CFG, exit_layer=1),
+    "judge": heads.JudgeConfig(target=CFG),
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +33,18 @@ def folders(tmp_path_factory):
     base = tmp_path_factory.mktemp("drafters")
     for name, (network, cfg) in NETWORKS.items():
         checkpoint.save(base / name, network.KIND, cfg, network.init_params(cfg, jax.random.key(0)))
-    hf.save(base / "small", Model(CFG, init_params(CFG, jax.random.key(1))))
+    hf.save(base / "small", Model(SMALL, init_params(SMALL, jax.random.key(1))))
+    hf.save(base / "twin", Model(CFG, init_params(CFG, jax.random.key(1))))
+    for name, cfg in HEADS.items():
+        kind = heads.JUDGE if name == "judge" else heads.ACCEPTANCE
+        checkpoint.save(base / name, kind, cfg, heads.init_params(cfg, jax.random.key(2)))
     return base
+
+
+def asked(folders, settings):
+    """Settings, with folders where they name some."""
+    paths = {name: str(folders / settings[name]) for name in ("stop_head", "judge") if name in settings}
+    return SpeculationConfig(**(settings | paths))
 
 
 @pytest.mark.parametrize(
@@ -43,13 +60,55 @@ def folders(tmp_path_factory):
         ("kangaroo", {"verifier": "rejection"}, "kangaroo, 6, independent, fixed", "rejection"),
         ("small", {"drafts": 3}, "small model, 1 x 3, shared", "coupled"),
         ("small", {"drafts": 3, "chains": 2, "verifier": "k-seq"}, "small model, 2 x 3, independent", "k-seq"),
+        ("small", {"stop_rule": "confidence"}, "small model, 1 x 6, shared, confidence", "coupled"),
+        (
+            "small",
+            {"stop_rule": "head", "stop_head": "small head"},
+            "small model, 1 x 6, shared, acceptance head",
+            "coupled",
+        ),
+        (
+            "kangaroo",
+            {"stop_rule": "head", "stop_head": "kangaroo head"},
+            "kangaroo, 6, shared, acceptance head",
+            "coupled",
+        ),
+        (
+            "eagle",
+            {"verifier": "judge", "judge": "judge"},
+            "eagle, dynamic tree 60 x 10 x 6, shared",
+            "judge over coupled",
+        ),
     ],
 )
 def test_a_folder_becomes_its_drafter(folders, name, settings, drafter, rule):
-    found = load_speculation(SpeculationConfig(drafter=str(folders / name), **settings), CFG)
+    settings = settings | {"drafter": str(folders / name)}
+    found = load_speculation(asked(folders, settings), CFG)
     assert (found.drafter.name, found.verifier.name) == (drafter, rule)
-    again = load_speculation(SpeculationConfig(drafter=str(folders / name), **settings), CFG)
+    assert found.verifier.lossless == (rule != "judge over coupled")
+    again = load_speculation(asked(folders, settings), CFG)
     assert (found.drafter, found.verifier) == (again.drafter, again.verifier)  # so that nothing compiles twice
+
+
+def test_heads_come_with_their_thresholds(folders):
+    """What was saved is what the rule is given."""
+    base = {"drafter": str(folders / "small"), "stop_rule": "head", "stop_head": "small head", "stop_threshold": 0.4}
+    found = load_speculation(
+        asked(folders, base | {"verifier": "judge", "judge": "judge", "judge_threshold": 0.7}), CFG
+    )
+    stop = found.drafter_params["stop"]
+    want = heads.init_params(HEADS["small head"], jax.random.key(2))
+    jax.tree.map(np.testing.assert_array_equal, {k: stop[k] for k in want}, want)
+    np.testing.assert_array_equal(stop["threshold"], np.float32(0.4))
+    assert {*found.drafter_params} == {"model", "stop"}
+    assert isinstance(found.drafter_params["model"]["layers"], tuple)
+    assert {*found.verifier_params} == {"weight", "bias", "threshold"}
+    np.testing.assert_array_equal(found.verifier_params["threshold"], np.float32(0.7))
+    assert load_speculation(SpeculationConfig(drafter=str(folders / "small")), CFG).drafter_params["stop"] == ()
+    sure = load_speculation(SpeculationConfig(drafter=str(folders / "small"), stop_rule="confidence", eta=0.2), CFG)
+    assert sure.drafter_params["stop"] == {"eta": np.float32(0.2)}
+    copied = load_speculation(asked(folders, {"drafter": "lookup", "verifier": "judge", "judge": "judge"}), CFG)
+    assert (copied.drafter.name, copied.verifier.name) == ("lookup", "judge over coupled")
 
 
 def test_lookup_needs_no_folder():
@@ -63,17 +122,30 @@ def test_lookup_needs_no_folder():
     ("name", "settings", "message"),
     [
         ("eagle", {"shape": "chain"}, "shape='chain' with eagle"),
-        ("eagle", {"stop_rule": "confidence"}, "Kangaroo has stop rules"),
+        ("eagle", {"stop_rule": "confidence"}, "Kangaroo and small models have"),
         ("eagle", {"draw": "without_replacement", "shape": "dynamic"}, "would bias the output"),
         ("jakiro", {"verifier": "rejection"}, "would bias the output"),
         ("eagle", {"verifier": "k-seq"}, "expected"),
         ("kangaroo", {"shape": "static"}, "shape='static' with kangaroo"),
         ("small", {"chains": 2}, "would be one chain"),
+        ("eagle", {"stop_rule": "head", "stop_head": "small head"}, "stop_rule='head' with eagle"),
+        ("jakiro", {"stop_rule": "head", "stop_head": "small head"}, "stop_rule='head' with jakiro"),
+        ("lookup", {"stop_rule": "head", "stop_head": "small head"}, "stop_rule='head' with lookup"),
+        ("small", {"stop_rule": "head"}, "stop_rule='head' without stop_head; expected the folder"),
+        ("small", {"verifier": "judge"}, "verifier='judge' without judge; expected the folder"),
+        ("small", {"chains": 2, "draw": "independent", "stop_rule": "confidence"}, "expected a single one"),
+        ("kangaroo", {"shape": "dynamic", "stop_rule": "head", "stop_head": "kangaroo head"}, "trained on chains"),
+        ("kangaroo", {"stop_rule": "head", "stop_head": "small head"}, "num_layers"),
+        ("twin", {"stop_rule": "head", "stop_head": "small head"}, "num_layers"),
+        ("twin", {"stop_rule": "head", "stop_head": "kangaroo head"}, "behind layer 1; expected one for a small model"),
+        ("small", {"stop_rule": "head", "stop_head": "judge"}, "expected 'jaxaroo-acceptance'"),
+        ("small", {"verifier": "judge", "judge": "small head"}, "expected 'jaxaroo-judge'"),
     ],
 )
 def test_what_does_not_go_together_is_refused(folders, name, settings, message):
+    drafter = name if name == "lookup" else str(folders / name)
     with pytest.raises(ValueError, match=message):
-        load_speculation(SpeculationConfig(drafter=str(folders / name), **settings), CFG)
+        load_speculation(asked(folders, settings | {"drafter": drafter}), CFG)
 
 
 @pytest.mark.errors

@@ -68,7 +68,7 @@ def law_rows():
 
 def speculate(drafter, verifier):
     tokens, rows = law_rows()
-    weights = Weights(tiny(0), tiny(1), None)
+    weights = Weights(tiny(0), {"model": tiny(1), "stop": ()}, None)
     state = loop.prefill(CONFIG, weights, drafter, tokens, rows, chunk=S)
     halt = np.zeros(LAW_ROWS, bool)
     state = jax.device_get(

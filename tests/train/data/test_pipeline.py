@@ -38,7 +38,7 @@ def found(batch):
     """The examples in a batch, read off its segments: {example: positions it fills}."""
     out = []
     for row in zip(*(np.asarray(leaf).reshape(-1, leaf.shape[-1]) for leaf in batch), strict=True):
-        tokens, targets, positions, segments, mask, weights = row
+        tokens, targets, positions, segments, mask, weights, labels = row
         for segment in range(1, segments.max() + 1):
             at = np.flatnonzero(segments == segment)
             i = int(tokens[at[0]]) - 1
@@ -49,6 +49,7 @@ def found(batch):
             np.testing.assert_array_equal(positions[at], np.arange(len(at)))
             np.testing.assert_array_equal(mask[at], want.scored[1:])
             np.testing.assert_array_equal(weights[at], want.scored[1:] * (0.5 if i == 3 else 1.0))
+            assert not labels[at].any()
             out.append(i)
         empty = segments == 0
         for leaf in row:
@@ -201,6 +202,48 @@ def test_if_nothing_is_left_the_search_ends():
     none = lambda example: Encoded(np.zeros(4, np.int32), np.zeros(4, bool))
     with pytest.raises(ValueError, match="none of the 57 examples, or of those of stream 0, keeps a completion token"):
         next(batches(encode=none))
+
+
+def judged(example):
+    """Labels on the scored tokens, each its own."""
+    encoded = encode(example)
+    labels = np.where(encoded.scored, np.arange(len(encoded.ids)) % 5 / 4, 0).astype(np.float32)
+    return encoded._replace(labels=labels)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_labels_and_masks_stand_at_the_tokens_themselves(packing):
+    """Every token is in the row, the last one too, for it has a label; rows without labels lie beside as ever."""
+    mixed = lambda example: judged(example) if example["i"] % 2 else encode(example)
+    stream, seen = batches(encode=mixed, packing=packing, max_length=64, micro_batches=2), set()
+    for _ in range(40):
+        batch = next(stream)
+        assert batch.labels.dtype == np.float32
+        for tokens, targets, positions, segments, mask, weights, labels in zip(
+            *(leaf.reshape(-1, leaf.shape[-1]) for leaf in batch), strict=True
+        ):
+            for segment in range(1, segments.max() + 1):
+                at = np.flatnonzero(segments == segment)
+                i = int(tokens[at[0]]) - 1
+                want, weight = mixed({"i": i}), 0.5 if i == 3 else 1.0
+                own = i % 2 == 1
+                scored = want.scored if own else want.scored[1:]
+                np.testing.assert_array_equal(tokens[at], want.ids if own else want.ids[:-1])
+                np.testing.assert_array_equal(targets[at], [*want.ids[1:], 0] if own else want.ids[1:])
+                np.testing.assert_array_equal(positions[at], np.arange(len(at)))
+                np.testing.assert_array_equal(mask[at], scored)
+                np.testing.assert_array_equal(weights[at], scored * weight)
+                np.testing.assert_array_equal(labels[at], want.labels if own else np.zeros(len(at)))
+                seen.add(i)
+            assert not labels[segments == 0].any()
+    assert len(seen) == N
+
+
+def test_a_labelled_example_as_long_as_a_row_fits():
+    whole = lambda e: Encoded(np.ones(50, np.int32), np.ones(50, bool), False, np.ones(50, np.float32))
+    batch = next(batches(encode=whole))
+    assert batch.tokens.shape == (1, 4, 40)
+    assert (batch.labels.sum(-1) == 39).all()  # the first token has nothing before it
 
 
 def test_counts_are_those_of_a_loop():

@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxaroo.models.reward import StepText, one_token
 from jaxaroo.models.tokenizer import byte_tokenizer, load_tokenizer
 from jaxaroo.train.data.arithmetic import arithmetic_tokenizer
 from jaxaroo.train.data.steps import (
     SplitConfig,
     StepsConfig,
     encode_steps,
-    render_steps,
-    separator_token,
     split_steps,
     split_tokens,
     step_targets,
@@ -107,16 +106,18 @@ def test_a_cut_within_a_character_moves_to_its_beginning():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("cfg", [StepsConfig(), StepsConfig(start="\n", between="\n\n", after_error="bad")])
-def test_a_label_stands_at_its_own_separator(name, cfg):
+@pytest.mark.parametrize(
+    ("cfg", "around"), [(StepsConfig(), ("", "")), (StepsConfig(after_error="bad"), ("\n", "\n\n"))]
+)
+def test_a_label_stands_at_its_own_separator(name, cfg, around):
     t = golden(name)
     separator = separator_of(t)
-    encoded = encode_steps(t, ROW, separator, cfg)
+    encoded = encode_steps(t, ROW, StepText(separator, *around), cfg)
     ids = encoded.ids.tolist()
     # Oracle: each text alone, then one separator.
     wanted, at = t.encode(ROW["prompt"]), []
     for i, step in enumerate(STEPS):
-        wanted += [*t.encode([cfg.start, cfg.between][i > 0] + step, bos=False), separator]
+        wanted += [*t.encode(around[i > 0] + step, bos=False), separator]
         at.append(len(wanted) - 1)
     assert ids == wanted
     assert np.flatnonzero(encoded.scored).tolist() == [at[0], at[2]]
@@ -126,36 +127,17 @@ def test_a_label_stands_at_its_own_separator(name, cfg):
     assert not {*ids} & {*t.eos_ids}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_first_steps_are_a_prefix_of_the_whole(name):
-    """So one causal pass scores each step as a pass over the prefix that ends there would."""
-    t = golden(name)
-    separator = separator_of(t)
-    ids, ends = render_steps(t, ROW["prompt"], STEPS, separator)
-    for i in range(len(STEPS)):
-        first, first_ends = render_steps(t, ROW["prompt"], STEPS[: i + 1], separator)
-        assert first == ids[: ends[i] + 1]
-        assert first_ends == ends[: i + 1]
-
-
 @pytest.mark.parametrize("t", [byte_tokenizer(), arithmetic_tokenizer()], ids=["byte", "arithmetic"])
 def test_a_step_that_spells_the_separator_is_text(t):
-    separator = separator_token(t, "<|sep|>")
+    separator = one_token(t, "<|sep|>")
     assert t.decode([separator], skip_special=False).strip() == "<|sep|>"
     steps = ["1 + 1 = 2 <|sep|>", "<|sep|>", "ans 2"]
-    encoded = encode_steps(t, {"prompt": "<|sep|> how many ?", "steps": steps, "labels": [1, 0.25, 1]}, separator)
+    encoded = encode_steps(
+        t, {"prompt": "<|sep|> how many ?", "steps": steps, "labels": [1, 0.25, 1]}, StepText(separator)
+    )
     assert (encoded.ids == separator).sum() == 3
     np.testing.assert_array_equal(encoded.ids == separator, encoded.scored)
     assert encoded.labels[encoded.scored].tolist() == [1.0, 0.25, 1.0]
-
-
-def test_a_chat_ends_with_what_opens_an_answer():
-    t = golden("qwen")
-    chat = [{"role": "user", "content": "the emu? <|im_end|>"}]
-    ids, ends = render_steps(t, chat, ["it ran"], separator_of(t))
-    opened = t.encode_chat(chat)
-    assert ids == [*opened, *t.encode("it ran", bos=False), separator_of(t)]
-    assert ends == [len(ids) - 1]
 
 
 def oracle_targets(labels, worth, cfg):
@@ -196,11 +178,11 @@ def test_labels_after_the_first_error():
 
 def test_shares_are_learned_from_their_own_column():
     t = byte_tokenizer()
-    separator = separator_token(t, "<|sep|>")
+    separator = one_token(t, "<|sep|>")
     row = ROW | {"soft": [0.75, 0.5, 0.125]}
-    encoded = encode_steps(t, row, separator, StepsConfig(column="soft"))
+    encoded = encode_steps(t, row, StepText(separator), StepsConfig(column="soft"))
     assert encoded.labels[encoded.ids == separator].tolist() == [0.75, 0.5, 0.125]
-    nothing = encode_steps(t, ROW | {"labels": [None] * 3}, separator)
+    nothing = encode_steps(t, ROW | {"labels": [None] * 3}, StepText(separator))
     assert not nothing.scored.any()
 
 
@@ -208,13 +190,8 @@ def test_shares_are_learned_from_their_own_column():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda t: separator_token(t, "<|sep|><|sep|>"), r"tokens \[259, 259\].*expected one token.*\(<\|sep\|>\)"),
-        (lambda t: separator_token(t, "no"), "expected one token.*Choose a control token that solutions do not use"),
-        (lambda t: separator_token(t, 260), "of a vocabulary of 260; expected one token"),
-        (lambda t: separator_token(t, -1), "expected one token"),
-        (lambda t: separator_token(arithmetic_tokenizer(), "kangaroo"), "'kangaroo'.*known to it"),
-        (lambda t: encode_steps(t, ROW, 259, StepsConfig(column="soft")), "expected `soft`, one for each"),
-        (lambda t: encode_steps(t, ROW | {"labels": [1]}, 259), "found 1 values; expected `labels`"),
+        (lambda t: encode_steps(t, ROW, StepText(259), StepsConfig(column="soft")), "expected `soft`, one for each"),
+        (lambda t: encode_steps(t, ROW | {"labels": [1]}, StepText(259)), "found 1 values; expected `labels`"),
         (lambda t: step_targets([1, -1]), 'found label -1; expected 0 to 1.*Set scale="signs"'),
         (lambda t: step_targets([0.5], StepsConfig(scale="signs")), 'expected -1, 0 or 1.*Set scale="shares"'),
         (lambda t: step_targets([2.0]), "found label 2.0; expected 0 to 1"),
@@ -236,10 +213,3 @@ def test_shares_are_learned_from_their_own_column():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call(byte_tokenizer())
-
-
-def test_separators_that_are_known():
-    t = byte_tokenizer()
-    assert separator_token(t, "<|sep|>") == separator_token(t, 259) == 259
-    assert separator_token(t, "x") == ord("x")  # a rare token will do
-    assert separator_token(arithmetic_tokenizer(), "\n") == arithmetic_tokenizer().encode("\n", bos=False)[0]

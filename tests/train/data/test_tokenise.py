@@ -8,7 +8,7 @@ import pytest
 
 from jaxaroo.models.tokenizer import byte_tokenizer, load_tokenizer
 from jaxaroo.train.data.arithmetic import ArithmeticConfig, ArithmeticExamples, arithmetic_tokenizer
-from jaxaroo.train.data.tokenise import Encoded, encode_messages, encode_pair, encode_sft, truncate
+from jaxaroo.train.data.tokenise import Encoded, encode_labelled, encode_messages, encode_pair, encode_sft, truncate
 
 GOLDENS = Path(__file__).parents[2] / "goldens" / "tokenizer"
 USER, ANSWER = {"role": "user", "content": "the emu?"}, {"role": "assistant", "content": "it ran"}
@@ -196,3 +196,32 @@ def test_a_tokenizer_without_an_end_is_refused():
     t.eos_ids = ()
     with pytest.raises(ValueError, match="no end token"):
         encode_pair(t, "a", "b")
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_a_labelled_completion_has_its_label_on_every_token_and_its_end(label):
+    t = golden("byte")
+    row = {"prompt": "the emu?", "completion": " it ran", "label": label}
+    got, plain = encode_labelled(t, row), encode_pair(t, row["prompt"], row["completion"])
+    np.testing.assert_array_equal(got.ids, plain.ids)
+    np.testing.assert_array_equal(got.scored, plain.scored)
+    assert plain.labels is None
+    assert got.labels.dtype == np.float32
+    assert got.labels.tolist() == [float(scored and label) for scored in plain.scored]
+    assert plain.scored[-1]
+
+
+def test_labels_are_cut_with_their_tokens():
+    """And a token that has nothing before it keeps none."""
+    given = Encoded(
+        np.arange(6, dtype=np.int32), np.array([0, 0, 1, 1, 1, 1], bool), False, np.float32([0, 0, 1, 0.5, 0, 1])
+    )
+    for how, ids, scored, labels in (
+        ("keep_start", [0, 1, 2, 3], [0, 0, 1, 1], [0, 0, 1, 0.5]),
+        ("keep_end", [2, 3, 4, 5], [0, 1, 1, 1], [0, 0.5, 0, 1]),
+    ):
+        got = truncate(given, 4, how)
+        assert (got.ids.tolist(), got.scored.tolist(), got.labels.tolist()) == (ids, scored, labels)
+        assert got.labels.dtype == np.float32
+    assert truncate(given, 6).labels.tolist() == given.labels.tolist()
+    assert truncate(given._replace(labels=None), 4).labels is None

@@ -6,9 +6,10 @@ import re
 import numpy as np
 import pytest
 
+from jaxaroo.models.reward import StepText, one_token
 from jaxaroo.train.data.arithmetic import ArithmeticConfig, arithmetic_tokenizer, check_lines, make_problem, solves
 from jaxaroo.train.data.formats import DataError, gsm8k, open_examples
-from jaxaroo.train.data.steps import encode_steps, separator_token
+from jaxaroo.train.data.steps import encode_steps
 from jaxaroo.train.labels.truth import (
     ArithmeticSolutions,
     SolutionsConfig,
@@ -65,12 +66,12 @@ def true(line):
 
 def test_a_solution_is_learned_up_to_its_first_error(tmp_path):
     rows, t = ArithmeticSolutions(SolutionsConfig(problems=HARD, wrong=1.0)), arithmetic_tokenizer()
-    separator = separator_token(t, "<|sep|>")
+    separator = one_token(t, "<|sep|>")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(rows[i]) + "\n" for i in range(20)))
     examples = open_examples(tmp_path / "rows.jsonl")
     assert examples.layout == "steps"
     for row in examples:
-        encoded = encode_steps(t, row, separator)
+        encoded = encode_steps(t, row, StepText(separator))
         first = row["labels"].index(0)
         assert encoded.labels[encoded.scored].tolist() == [1.0] * first + [0.0]
         assert np.flatnonzero(encoded.ids == separator).tolist()[: first + 1] == np.flatnonzero(encoded.scored).tolist()

@@ -1,4 +1,6 @@
-"""Identity with plain decoding, whatever drafts; a drafter that is the target loses no draft; its cache never lags."""
+"""Identity with plain decoding, whatever drafts and stops; the target as drafter loses no draft; no cache lags."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,27 @@ import pytest
 
 from jaxaroo.infer.speculative import verify
 from jaxaroo.infer.speculative.drafters.small_model import make_drafter
-from jaxaroo.models.decoder import forward
+from jaxaroo.infer.speculative.stop import acceptance_head, confidence
+from jaxaroo.models import heads
+from jaxaroo.models.decoder import forward, new_cache
+
+
+def alone(model):
+    """The drafter's parameters without a stop rule."""
+    return {"model": model, "stop": ()}
+
+
+@functools.cache
+def head(cfg, threshold=0.3):
+    """A head that nobody trained, but which is not sure of anything."""
+    given = heads.init_params(heads.AcceptanceConfig(target=cfg, blocks=2), jax.random.key(5))
+    given["head"] = {"weight": 0.4 * given["head"]["weight"], "bias": jnp.array([-0.6, 0.6])}
+    return given | {"threshold": jnp.float32(threshold)}
+
+
+@functools.cache
+def stopping(cfg, draw):
+    return make_drafter(cfg, 4, draw, 1, acceptance_head())
 
 
 @pytest.mark.parametrize(
@@ -21,18 +43,54 @@ from jaxaroo.models.decoder import forward
 )
 def test_output_is_that_of_plain_decoding(bench, shaken, name, draw):
     drafter = make_drafter(bench.targets[name], 4, draw)
-    ran = bench.check_identity(drafter, verify.coupled(), shaken(name), name=name)
+    ran = bench.check_identity(drafter, verify.coupled(), alone(shaken(name)), name=name)
     assert (ran.tally.emitted[:3, 2:].sum(1) > 0).any()  # some draft was right
+
+
+@pytest.mark.parametrize(
+    ("name", "draw"), [("llama", "shared"), pytest.param("window", "mode", marks=pytest.mark.proof)]
+)
+def test_a_chain_that_ends_early_changes_nothing_but_the_number_of_drafts(bench, shaken, name, draw):
+    """Greedy and sampled rows; no threshold at all is no rule at all."""
+    cfg = bench.targets[name]
+    drafter = stopping(cfg, draw)
+    few, all_ = (
+        bench.check_identity(drafter, verify.coupled(), {"model": shaken(name), "stop": head(cfg, t)}, name=name).tally
+        for t in (0.3, 1.0)
+    )
+    np.testing.assert_array_equal(all_.drafted, 4 * all_.emitted.sum(1))
+    steps = few.emitted.sum(1)[:3]  # the last row takes none
+    assert (2 * steps < few.drafted[:3]).all()  # the head knows of no draft before the second
+    assert (few.drafted[:3] < 4 * steps).all()
+    assert (steps >= all_.emitted.sum(1)[:3]).all()
+
+
+def test_a_row_ends_its_drafts_as_if_alone(bench, shaken):
+    cfg = bench.targets["llama"]
+    given = {"model": shaken(), "stop": head(cfg)}
+    together = bench.drafted(stopping(cfg, "shared"), verify.coupled(), given).tally
+    alone_ = bench.check_identity(stopping(cfg, "shared"), verify.coupled(), given, only=1).tally
+    assert alone_.drafted[0] == together.drafted[1]
+    np.testing.assert_array_equal(alone_.emitted[0], together.emitted[1])
+
+
+@pytest.mark.proof
+def test_an_unsure_small_model_ends_its_drafts_too(bench, shaken):
+    drafter = make_drafter(bench.targets["llama"], 4, "shared", 1, confidence())
+    ran = bench.check_identity(drafter, verify.coupled(), {"model": shaken(), "stop": {"eta": jnp.float32(0.2)}})
+    steps = ran.tally.emitted.sum(1)[:3]
+    assert (steps <= ran.tally.drafted[:3]).all()
+    assert (ran.tally.drafted[:3] < 4 * steps).any()
 
 
 @pytest.mark.proof
 def test_several_chains_under_the_coupled_rule(bench, shaken):
-    bench.check_identity(make_drafter(bench.targets["llama"], 3, "independent", 3), verify.coupled(), shaken())
+    bench.check_identity(make_drafter(bench.targets["llama"], 3, "independent", 3), verify.coupled(), alone(shaken()))
 
 
 @pytest.mark.proof
 def test_one_row_alone(bench, shaken):
-    bench.check_identity(make_drafter(bench.targets["llama"], 4), verify.coupled(), shaken(), only=1)
+    bench.check_identity(make_drafter(bench.targets["llama"], 4), verify.coupled(), alone(shaken()), only=1)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +109,7 @@ def test_the_target_as_its_own_drafter_has_every_draft_taken(bench, draw, chains
     full = steps = 0
     for seed in (5, 50):
         packed = bench.pack(bench.prompts, plain, range(seed, seed + 4))
-        tally = bench.drafted(drafter, rule, bench.weights("llama"), packed=packed).tally
+        tally = bench.drafted(drafter, rule, alone(bench.weights("llama")), packed=packed).tally
         full += tally.emitted[:, drafts + 1].sum()
         cut = (tally.emitted.sum(1) > 0).sum()
         steps += tally.emitted.sum() - cut
@@ -66,20 +124,26 @@ def test_shared_noise_finds_more_than_the_mode_does_when_sampled(bench, shaken):
         drafter, total = make_drafter(bench.targets["llama"], 4, draw), np.zeros(6)
         for seed in range(100, 132, 4):
             packed = bench.pack(bench.prompts, [bench.samplings[1]] * 4, range(seed, seed + 4))
-            total += bench.drafted(drafter, verify.coupled(), shaken(), packed=packed).tally.emitted.sum(0)
+            total += bench.drafted(drafter, verify.coupled(), alone(shaken()), packed=packed).tally.emitted.sum(0)
         share[draw] = (total @ np.arange(6)) / total.sum()
     assert share["shared"] > 1.5 * share["mode"], share
 
 
-@pytest.mark.parametrize(("draw", "chains"), [("shared", 1), pytest.param("independent", 3, marks=pytest.mark.proof)])
-def test_the_cache_holds_what_a_fresh_reading_gives(bench, shaken, draw, chains):
+@pytest.mark.parametrize(
+    ("draw", "chains", "stops"),
+    [("shared", 1, True), ("shared", 1, False), pytest.param("independent", 3, False, marks=pytest.mark.proof)],
+)
+def test_the_cache_holds_what_a_fresh_reading_gives(bench, shaken, draw, chains, stops):
     """After every number of steps, rows that count as read are those of an uncached forward pass."""
     cfg = bench.targets["llama"]
     params = shaken()
-    drafter = make_drafter(cfg, 4 if chains == 1 else 3, draw, chains)
-    fresh = jax.jit(lambda tokens: forward(cfg, params, tokens, jnp.arange(96)[None], cache=_empty(cfg)).cache)
+    given = {"model": params, "stop": head(cfg)} if stops else alone(params)
+    drafter = stopping(cfg, draw) if stops else make_drafter(cfg, 4 if chains == 1 else 3, draw, chains)
+    fresh = jax.jit(
+        lambda tokens: forward(cfg, params, tokens, jnp.arange(96)[None], cache=new_cache(cfg, 1, 96)).cache
+    )
     for steps in (0, 1, 3, 7):
-        state = bench.drafted(drafter, verify.coupled(), params, steps=steps).state
+        state = bench.drafted(drafter, verify.coupled(), given, steps=steps).state
         for row in (0, 1):
             filled = int(state.rows.filled[row])
             read = filled - 2 if chains == 1 else max(filled - 4, 0)  # the rest is read again with the next step
@@ -87,12 +151,6 @@ def test_the_cache_holds_what_a_fresh_reading_gives(bench, shaken, draw, chains)
             for mine, theirs in zip(state.drafter.cache.layers, want.layers, strict=True):
                 np.testing.assert_allclose(mine.k[row, :read], theirs.k[0, :read], atol=2e-5)
                 np.testing.assert_allclose(mine.v[row, :read], theirs.v[0, :read], atol=2e-5)
-
-
-def _empty(cfg):
-    from jaxaroo.models.decoder import new_cache
-
-    return new_cache(cfg, 1, 96)
 
 
 @pytest.mark.errors
@@ -104,3 +162,5 @@ def test_refusals(bench):
         make_drafter(cfg, 3, "shared", 2)
     with pytest.raises(ValueError, match="at least 1"):
         make_drafter(cfg, 0)
+    with pytest.raises(ValueError, match="stop rule 'acceptance head' with 3 chains; expected a single one"):
+        make_drafter(cfg, 3, "independent", 3, acceptance_head())
