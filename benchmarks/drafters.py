@@ -84,8 +84,8 @@ def main() -> None:
     problems = ArithmeticExamples(ArithmeticConfig(), "test", opts.questions)
     questions = [Question(str(i), "sums", [problems[i]["prompt"]]) for i in range(opts.questions)]
     served = [(name, kind, settings) for kind, all_ in SERVED.items() for name, settings in all_]
-    for seed in range(opts.seeds):
-        for temperature in (0.0, 1.0):
+    for temperature in (0.0, 1.0):
+        for seed in range(opts.seeds):
             for name, kind, settings in [("lookup", "lookup", dict(drafts=4)), *served]:
                 if kind == "lookup" and seed:
                     continue  # it has none
