@@ -57,13 +57,14 @@ def bench_speculative(
         raise UsageError(f"bench speculative: --batch {batch}, --repeats {repeats}; expected at least 1 of each.")
     questions = read_questions(prompts)[:limit]
     loaded = load(model, dtype=dtype)
-    drafting = load_speculation(speculation, loaded.config)
+    tokenizer = load_tokenizer(model)
+    drafting = load_speculation(speculation, loaded.config, tokenizer)
     assert drafting is not None
     sampling = Sampling(temperature=temperature, max_tokens=max_new_tokens, seed=seed)
     with tqdm(total=repeats + 1, desc="passes", disable=None) as bar:
         report = measure(
             loaded,
-            load_tokenizer(model),
+            tokenizer,
             drafting,
             questions,
             sampling=sampling,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from .output import FloatType, UsageError, dumps
 
@@ -130,7 +130,183 @@ def eval_answers(
     return 0
 
 
+def eval_prm(
+    *,
+    model: Path,
+    data: str,
+    tune: str | None = None,
+    separator: str | None = None,
+    limit: int | None = None,
+    batch: int = 32,
+    threshold: float = 0.5,
+    dtype: FloatType | None = None,
+    out: Path | None = None,
+    plot: Path | None = None,
+    arithmetic_level: int = 2,
+    arithmetic_hi: int = 20,
+    json: bool = False,
+) -> int:
+    """How well a reward model tells right steps from wrong ones: AUROC, ProcessBench's F1, calibration.
+
+    Args:
+      model: folder of `train prm` or `train orm`, or of a published model of the Qwen2.5-Math-PRM kind.
+      data: rows of layout `steps` with labels 0, 1 and null, or builtin:arithmetic (its test problems, half of them
+        with a slip).
+      tune: rows of other questions, on which to choose the threshold of ProcessBench's figures.
+      separator: the token behind each step of a published model.
+      limit: solutions to score at most; 1000 of the embedded task when not given, all of a file.
+      batch: solutions scored at a time.
+      threshold: a step that scores less is taken to be wrong, without --tune.
+      dtype: of weights and activations; float32 on CPU and bfloat16 elsewhere when not given.
+      out: JSONL file for the rows with their `scores`.
+      plot: PNG file for the reliability diagram.
+      arithmetic_level: kind of the embedded problems, 1 to 4.
+      arithmetic_hi: size of their numbers.
+      json: print one JSON object.
+    """
+    from ..infer.step_metrics import ScoredSteps, evaluate_steps, plot_reliability
+    from ..infer.step_scores import Solution, score_solutions
+    from ..models.reward import load
+    from ..models.tokenizer import load_tokenizer
+
+    loaded, tokenizer = load(model, dtype=dtype, separator=separator), load_tokenizer(model)
+
+    def scored(source: str) -> list[tuple[dict[str, Any], Any]]:
+        rows = [dict(row) for row in _solutions(source, limit, arithmetic_level, arithmetic_hi)]
+        solutions = [Solution(row["prompt"], row["steps"]) for row in rows]
+        scores = score_solutions(loaded, tokenizer, solutions, batch=batch, progress=not json)
+        ask = lambda row: dumps(row["prompt"])
+        return [
+            (row | {"scores": s}, ScoredSteps(s, row["labels"], ask(row))) for row, s in zip(rows, scores, strict=True)
+        ]
+
+    found = scored(data)
+    tuning = [steps for _, steps in scored(tune)] if tune else ()
+    report = evaluate_steps([steps for _, steps in found], threshold=threshold, tuning=tuning)
+    if out is not None:
+        out.write_text("".join(dumps(row) + "\n" for row, _ in found), encoding="utf-8")
+    if plot is not None:
+        plot_reliability(plot, report.reliability)
+    show = lambda value: "not defined" if value is None else f"{value:.4f}"
+    line = (
+        f"AUROC {show(report.auroc)} ({show(report.auroc_to_error)} up to the first error, "
+        f"{show(report.within_question)} within questions), ProcessBench F1 {show(report.f1)} at "
+        f"{report.threshold:.3f}, ECE {show(report.ece)}, over {report.steps} steps of {report.solutions} solutions"
+    )
+    print(dumps(report._asdict()) if json else line)
+    return 0
+
+
+def eval_best_of_n(
+    *,
+    policy: Path,
+    model: Path,
+    data: str,
+    samples: int = 8,
+    temperature: float = 1.0,
+    max_new_tokens: int = 512,
+    limit: int | None = None,
+    separator: str | None = None,
+    batch: int = 32,
+    seed: int = 0,
+    dtype: FloatType | None = None,
+    max_seqs: int = 32,
+    out: Path | None = None,
+    plot: Path | None = None,
+    arithmetic_level: int = 2,
+    arithmetic_hi: int = 20,
+    json: bool = False,
+) -> int:
+    """Let a policy answer several times, and a reward model choose: accuracy by how many it chooses from.
+
+    Beside it stand what any choice is up against: a single answer, the majority's vote, and one that knows the truth.
+
+    Args:
+      policy: folder of the model that answers.
+      model: folder of the reward model.
+      data: as for `eval answers`.
+      samples: answers to each question.
+      temperature: of the policy.
+      max_new_tokens: tokens to write at most.
+      limit: questions to ask at most; 200 of the embedded task's test problems when not given, all of a file.
+      separator: the token behind each step of a published reward model.
+      batch: solutions scored at a time.
+      seed: makes the answers repeatable.
+      dtype: of weights and activations; float32 on CPU and bfloat16 elsewhere when not given.
+      max_seqs: answers written at the same time.
+      out: JSONL file for questions, answers, verdicts and step scores.
+      plot: PNG file for the curves.
+      arithmetic_level: kind of the embedded problems, 1 to 4.
+      arithmetic_hi: size of their numbers.
+      json: print one JSON object.
+    """
+    from ..infer.engine import Engine
+    from ..infer.evaluate import Question, evaluate_answers, final_answer
+    from ..infer.guided.best_of_n import Aggregator, Candidates, aggregate, curves
+    from ..infer.sampling import Sampling
+    from ..infer.step_metrics import plot_best_of_k
+    from ..infer.step_scores import Solution, score_solutions
+    from ..models import hf, reward
+    from ..models.tokenizer import load_tokenizer
+    from ..train.data.steps import split_steps
+
+    if samples < 2 or temperature == 0:
+        raise UsageError(
+            f"eval best-of-n: --samples {samples}, --temperature {temperature}; expected answers to choose."
+        )
+    questions = [
+        Question(row["prompt"], row["answer"])
+        for row in _problems(data, "auto", limit, arithmetic_level, arithmetic_hi)
+    ]
+    sampling = Sampling(temperature=temperature, max_tokens=max_new_tokens, seed=seed)
+    with Engine(hf.load(policy, dtype=dtype), load_tokenizer(policy), max_seqs=max_seqs) as engine:
+        answered = evaluate_answers(engine, questions, sampling, samples=samples, progress=not json).rows
+    loaded, tokenizer = reward.load(model, dtype=dtype, separator=separator), load_tokenizer(model)
+    solutions = [
+        Solution(row["prompt"], [text[a:b] for a, b in split_steps(text)]) for row in answered for text in row["texts"]
+    ]
+    scores = iter(score_solutions(loaded, tokenizer, solutions, batch=batch, progress=not json))
+    candidates = []
+    for row in answered:
+        finals = [final_answer(text) for text in row["texts"]]
+        row["scores"] = [next(scores) for _ in row["texts"]]
+        # an answer that was cut, or gives none, is malformed
+        whole = [f is not None and why == "stop" for f, why in zip(finals, row["finish_reasons"], strict=True)]
+        worth = lambda how, row=row, whole=whole: [
+            aggregate(s if ok else [], how) for s, ok in zip(row["scores"], whole, strict=True)
+        ]
+        candidates.append(Candidates(row["correct"], finals, {how: worth(how) for how in get_args(Aggregator)}))
+    found = curves(candidates, seed=seed)
+    if out is not None:
+        out.write_text("".join(dumps(row) + "\n" for row in answered), encoding="utf-8")
+    if plot is not None:
+        plot_best_of_k(plot, found)
+    if json:
+        print(dumps(found._asdict()))
+        return 0
+    columns = {"oracle": found.pass_at, "majority": found.majority, **found.best_of}
+    columns |= {f"vote by {name}": values for name, values in found.weighted.items()}
+    print("k".rjust(4), *(name.rjust(max(8, len(name))) for name in columns))
+    for i, k in enumerate(found.k):
+        print(str(k).rjust(4), *(f"{values[i]:.4f}".rjust(max(8, len(name))) for name, values in columns.items()))
+    return 0
+
+
 # ----------------------------------------------------------------------------------------------------------- private
+def _solutions(data: str, limit: int | None, level: int, hi: int) -> Iterator[Any]:
+    """Labelled solutions: rows of layout `steps`."""
+    from ..train.data.arithmetic import ArithmeticConfig
+    from ..train.data.formats import open_examples
+    from ..train.labels.truth import ArithmeticSolutions, SolutionsConfig
+
+    if data == "builtin:arithmetic":
+        cfg = SolutionsConfig(problems=ArithmeticConfig(level=level, hi=hi))
+        examples: Any = ArithmeticSolutions(cfg, "test", limit or 1000)
+    else:
+        examples = open_examples(Path(data), "steps", progress=True)
+    yield from (examples[i] for i in range(min(len(examples), limit or len(examples))))
+
+
 def _problems(data: str, layout: Any, limit: int | None, level: int, hi: int) -> Iterator[Any]:
     from ..train.data.arithmetic import ArithmeticConfig, ArithmeticExamples
     from ..train.data.formats import open_examples

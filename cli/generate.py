@@ -93,10 +93,12 @@ def generate(
         stop=stop,
         ignore_eos=ignore_eos,
     )
-    needs_text = any(not (isinstance(p, list) and all(isinstance(t, int) for t in p)) for p in inputs)
+    needs_text = speculation.corpus is not None or any(
+        not (isinstance(p, list) and all(isinstance(t, int) for t in p)) for p in inputs
+    )
     tokenizer = load_tokenizer(model) if needs_text or (model / "tokenizer.json").exists() else None
     loaded = load(model, dtype=dtype, progress=sys.stderr.isatty())
-    drafting = load_speculation(speculation, loaded.config)
+    drafting = load_speculation(speculation, loaded.config, tokenizer)
     if drafting is not None and speculate != "off" and not drafting.verifier.lossless:
         print(f"warning: {drafting.verifier.name}: what follows is not the model's own distribution", file=sys.stderr)
     failed, live = False, len(inputs) == n == 1 and not json

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from . import bench, evaluate, files, generate, quickstart, train
+from . import bench, evaluate, files, generate, label, quickstart, train
 from .output import UsageError
 
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
@@ -25,9 +25,17 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train early-exit": train.train_early_exit,
     "train acceptance": train.train_acceptance,
     "train judge": train.train_judge,
+    "train prm": train.train_prm,
+    "train orm": train.train_orm,
+    "train value": train.train_value,
     "train resume": train.train_resume,
+    "label sample": label.label_sample,
+    "label steps": label.label_steps,
+    "label agree": label.label_agree,
     "eval lm": evaluate.eval_lm,
     "eval answers": evaluate.eval_answers,
+    "eval prm": evaluate.eval_prm,
+    "eval best-of-n": evaluate.eval_best_of_n,
     "bench speculative": bench.bench_speculative,
     "quickstart": quickstart.quickstart,
 }

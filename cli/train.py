@@ -18,6 +18,9 @@ SUMMARIES = {
     "early-exit": "Train a Kangaroo adapter, which lets a target's first layers draft for all of them.",
     "acceptance": "Train SpecDec++'s head, which ends a draft where a refusal is likely.",
     "judge": "Train a judge, which lets more drafts pass than the target's own distribution would.",
+    "prm": "Train a process reward model, which says how good each step of a solution is.",
+    "orm": "Train an outcome reward model, which says whether a solution is right.",
+    "value": "Train a value model, which says from any token how an answer will end.",
 }
 
 
@@ -96,6 +99,21 @@ def train_acceptance() -> int:
 
 def train_judge() -> int:
     """Train a judge, which lets more drafts pass than the target's own distribution would."""
+    raise AssertionError("`main` puts what `train_command` makes in this place")
+
+
+def train_prm() -> int:
+    """Train a process reward model, which says how good each step of a solution is."""
+    raise AssertionError("`main` puts what `train_command` makes in this place")
+
+
+def train_orm() -> int:
+    """Train an outcome reward model, which says whether a solution is right."""
+    raise AssertionError("`main` puts what `train_command` makes in this place")
+
+
+def train_value() -> int:
+    """Train a value model, which says from any token how an answer will end."""
     raise AssertionError("`main` puts what `train_command` makes in this place")
 
 
@@ -209,8 +227,8 @@ def _evaluator(kind: str, settings: Any, options: Any) -> Any:
 
     Of an acceptance head also how many tokens a step drafts, which is what it is there to save.
     """
-    if kind in ("sft", "judge") or not settings.evaluate_every:  # a judge is measured by the quality of what it passes
-        return None
+    if kind not in ("drafter", "early-exit", "acceptance") or not settings.evaluate_every:
+        return None  # a judge is measured by the quality of what it passes, a reward model by `eval prm`
     from ..infer.engine import Engine
     from ..infer.sampling import Sampling
     from ..infer.speculative import verify

@@ -190,6 +190,21 @@ def is_reward_model(folder: Path | str) -> bool:
     )
 
 
+def read_config(folder: Path | str, target: DecoderConfig) -> RewardConfig:
+    """The configuration of one of ours, for this decoder; no weights are read.
+
+    Raises:
+      CheckpointError: also for published ones, which are not trained on.
+    """
+    return config_of(checkpoint.read_small_config(Path(folder) / FOLDER), target)
+
+
+def read_head(folder: Path | str, cfg: RewardConfig) -> Params:
+    """The value head of one of ours, in float32."""
+    head = checkpoint.load_for(Path(folder) / FOLDER, cfg.target, config_of, head_shapes)[1]
+    return jax.tree.map(lambda w: w.astype(jnp.float32), head)
+
+
 def save(
     folder: Path | str,
     model: RewardModel,

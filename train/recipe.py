@@ -7,33 +7,41 @@ network too, their companion.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from ..models import checkpoint, eagle, heads, hf, jakiro, kangaroo
+from ..models import checkpoint, eagle, heads, hf, jakiro, kangaroo, reward
 from ..models.decoder import DecoderConfig, Model, Params, Remat, param_axes, param_shapes
 from ..models.kangaroo import KangarooConfig
 from ..models.lora import LoraConfig, apply_lora, init_lora, lora_axes
+from ..models.reward import RewardConfig, RewardModel
 from ..models.safetensors import CheckpointError, read_json
 from ..models.tokenizer import Tokenizer
 from ..sharding.rules import Rules
 from .data.formats import Layout
 from .data.pipeline import count_units
+from .data.steps import StepsConfig, encode_steps, step_targets
 from .data.tokenise import Encoded, encode_labelled, encode_sft
+from .labels.truth import outcome_row
 from .objectives import eagle as eagle_objective
+from .objectives import ivo, labelled, prm, sft, specdec_pp
 from .objectives import jakiro as jakiro_objective
 from .objectives import judge as judge_objective
 from .objectives import kangaroo as kangaroo_objective
-from .objectives import sft, specdec_pp
 from .objectives.eagle import EagleLossConfig
 from .objectives.jakiro import JakiroLossConfig
-from .objectives.judge import JudgeLossConfig
+from .objectives.labelled import LabelledLossConfig
 from .objectives.specdec_pp import DrafterConfig, SpecDecPPConfig
 from .step import Counts, LossFn
+
+log = logging.getLogger(__name__)
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -96,6 +104,40 @@ class JudgeOptions:
     """
 
     negative_weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardOptions:
+    """A model that says how good a step is, or from any token how an answer will end.
+
+    Attributes:
+      head: read the score from two tokens' logits, or by a value head.
+      inner: width of the value head's ReLU layer; a linear head when not given.
+      separator: the token behind each step, where its score is read.
+      good: the two tokens, for token pairs.
+      bad: the other.
+      start: text before the first step.
+      between: text before every other one.
+      negative_weight: what a wrong step counts beside a right one.
+      negative_share: weigh solutions that hold a wrong step until they are this share of all; 0 leaves them as they
+        are, 0.5 is one to one.
+      labels: what the labels of steps mean.
+    """
+
+    head: Literal["value", "token-pair"] = "value"
+    inner: int | None = None
+    separator: str = "<|sep|>"
+    good: str = "<|good|>"
+    bad: str = "<|bad|>"
+    start: str = ""
+    between: str = "\n"
+    negative_weight: float = 1.0
+    negative_share: float = 0.0
+    labels: StepsConfig = StepsConfig()
+
+    def __post_init__(self):
+        if not 0 <= self.negative_share < 1:
+            raise ValueError(f"train: negative_share={self.negative_share}; expected 0, or a share below 1.")
 
 
 # -------------------------------------------------------------------------------------------------- what a run trains
@@ -165,22 +207,27 @@ def beside_target(
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes
+Encode = Callable[[Mapping[str, Any]], Encoded]
+Examples = Sequence[Mapping[str, Any]]
+
+
 class Recipe(NamedTuple):
     """What one kind of training has that others have not."""
 
     layout: Layout
-    encode: Callable[[Tokenizer, Mapping[str, Any]], Encoded]
+    encoder: Callable[[Origin, Any], Encode]  # (origin, options) -> how an example becomes tokens
     options: type  # a dataclass of the settings of this kind alone
     defaults: Mapping[str, Any]  # of the settings that all kinds have
     trainable: Callable[[Origin, Any, LoraConfig | None], Trainable]
-    make_loss: Callable[..., LossFn]  # (decoder config, options, *, rules, remat)
+    make_loss: Callable[..., LossFn]  # (origin, options, *, rules, remat)
     counts: Counts = count_units
     paths: tuple[str, ...] = ()  # options that name folders
+    weigh: Callable[[Examples, Any], Examples] = lambda examples, options: examples  # rows, with other weights
 
 
-def _sft_loss(config: DecoderConfig, options: SftOptions, *, rules: Rules, remat: Remat) -> LossFn:
+def _sft_loss(origin: Origin, options: SftOptions, *, rules: Rules, remat: Remat) -> LossFn:
     del options
-    return sft.make_loss(config, rules=rules, remat=remat)
+    return sft.make_loss(origin.config, rules=rules, remat=remat)
 
 
 def network_config(kind: str, config: DecoderConfig, options: Any) -> Any:
@@ -241,8 +288,8 @@ def _drafter(origin: Origin, options: DrafterOptions, lora: LoraConfig | None) -
     return beside_target(network.KIND, cfg, network)
 
 
-def _drafter_loss(config: DecoderConfig, options: DrafterOptions, *, rules: Rules, remat: Remat) -> LossFn:
-    cfg, guess = _drafter_config(config, options), EagleLossConfig(noise=options.noise)
+def _drafter_loss(origin: Origin, options: DrafterOptions, *, rules: Rules, remat: Remat) -> LossFn:
+    cfg, guess = _drafter_config(origin.config, options), EagleLossConfig(noise=options.noise)
     if isinstance(cfg, eagle.EagleConfig):
         return eagle_objective.make_loss(cfg, guess, rules=rules, remat=remat)
     return jakiro_objective.make_loss(cfg, JakiroLossConfig(guess=guess), rules=rules, remat=remat)
@@ -254,8 +301,8 @@ def _early_exit(origin: Origin, options: EarlyExitOptions, lora: LoraConfig | No
     return beside_target(kangaroo.KIND, cfg, kangaroo)
 
 
-def _early_exit_loss(config: DecoderConfig, options: EarlyExitOptions, *, rules: Rules, remat: Remat) -> LossFn:
-    cfg = network_config("early-exit", config, options)
+def _early_exit_loss(origin: Origin, options: EarlyExitOptions, *, rules: Rules, remat: Remat) -> LossFn:
+    cfg = network_config("early-exit", origin.config, options)
     return kangaroo_objective.make_loss(cfg, rules=rules, remat=remat)
 
 
@@ -285,9 +332,9 @@ def _companion(folder: Path, cfg: DrafterConfig) -> Companion:
     return Companion(small, param_axes(cfg), param_shapes(cfg))
 
 
-def _acceptance_loss(config: DecoderConfig, options: AcceptanceOptions, *, rules: Rules, remat: Remat) -> LossFn:
-    drafter, cfg = read_drafter(config, options), _specdec_pp_config(options)
-    return specdec_pp.make_loss(config, drafter, cfg, rules=rules, remat=remat)
+def _acceptance_loss(origin: Origin, options: AcceptanceOptions, *, rules: Rules, remat: Remat) -> LossFn:
+    drafter, cfg = read_drafter(origin.config, options), _specdec_pp_config(options)
+    return specdec_pp.make_loss(origin.config, drafter, cfg, rules=rules, remat=remat)
 
 
 def _specdec_pp_config(options: AcceptanceOptions) -> SpecDecPPConfig:
@@ -300,13 +347,120 @@ def _judge(origin: Origin, options: JudgeOptions, lora: LoraConfig | None) -> Tr
     return beside_target(heads.JUDGE, network_config("judge", origin.config, options), heads, "head")
 
 
-def _judge_loss(config: DecoderConfig, options: JudgeOptions, *, rules: Rules, remat: Remat) -> LossFn:
-    cfg = network_config("judge", config, options)
+def _judge_loss(origin: Origin, options: JudgeOptions, *, rules: Rules, remat: Remat) -> LossFn:
+    cfg = network_config("judge", origin.config, options)
     return judge_objective.make_loss(cfg, _judge_loss_config(options), rules=rules, remat=remat)
 
 
-def _judge_loss_config(options: JudgeOptions) -> JudgeLossConfig:
-    return JudgeLossConfig(negative_weight=options.negative_weight)
+def _judge_loss_config(options: JudgeOptions) -> LabelledLossConfig:
+    return LabelledLossConfig(negative_weight=options.negative_weight)
+
+
+def reward_config(origin: Origin, options: RewardOptions) -> RewardConfig:
+    """Of the reward model that a run with these options trains.
+
+    Raises:
+      ValueError: for tokens that the tokenizer lacks, and if the run begins with a reward model of another form.
+    """
+    token = lambda text: reward.one_token(origin.tokenizer, text)
+    pair: Any = {}
+    if options.head == "token-pair":
+        pair = {"kind": "token_pair", "good": token(options.good), "bad": token(options.bad)}
+    cfg = RewardConfig(
+        target=origin.config,
+        separator=token(options.separator),
+        inner=options.inner,
+        start=options.start,
+        between=options.between,
+        **pair,
+    )
+    if origin.like is not None and reward.is_reward_model(origin.like):
+        found = reward.read_config(origin.like, origin.config)
+        if found != cfg:
+            differ = [f.name for f in dataclasses.fields(cfg) if getattr(found, f.name) != getattr(cfg, f.name)]
+            raise ValueError(
+                f"train: {origin.like} is a reward model whose {', '.join(differ)} are not those asked for; expected "
+                "the same, to go on from its head. Give the options it was trained with."
+            )
+    return cfg
+
+
+def _reward(origin: Origin, options: RewardOptions, lora: LoraConfig | None) -> Trainable:
+    """The whole decoder, and the value head: that of the reward model it begins with, or a fresh one."""
+    if lora is not None:
+        raise ValueError("train: adapters='lora' for a reward model; expected 'none': all of it is trained.")
+    cfg = reward_config(origin, options)
+    known = origin.like is not None and reward.is_reward_model(origin.like)
+
+    def init(base: Params, key: jax.Array) -> Params:
+        head = reward.read_head(origin.like, cfg) if known and origin.like else reward.init_head(cfg, key)
+        return {"model": base, "head": head}
+
+    def write(folder: Path, params: Params) -> None:
+        model = RewardModel(cfg, params)
+        reward.save(folder, model, like=origin.like, tokenizer=origin.tokenizer, overwrite=True)
+
+    alone = lambda params, frozen: params
+    axes = {"model": param_axes(origin.config), "head": reward.head_axes(cfg)}
+    return Trainable(init, axes, False, alone, alone, write)
+
+
+def _reward_loss(origin: Origin, options: RewardOptions, *, rules: Rules, remat: Remat) -> LossFn:
+    cfg = LabelledLossConfig(negative_weight=options.negative_weight)
+    return prm.make_loss(reward_config(origin, options), cfg, rules=rules, remat=remat)
+
+
+def _value_loss(origin: Origin, options: RewardOptions, *, rules: Rules, remat: Remat) -> LossFn:
+    return ivo.make_loss(reward_config(origin, options), rules=rules, remat=remat)
+
+
+def _steps_encoder(origin: Origin, options: RewardOptions) -> Encode:
+    text, tokenizer = reward_config(origin, options).text, origin.tokenizer
+    return lambda row: encode_steps(tokenizer, row, text, options.labels)
+
+
+def _outcome_encoder(origin: Origin, options: RewardOptions) -> Encode:
+    """One label, at the last step: whether the solution is right."""
+    text, tokenizer = reward_config(origin, options).text, origin.tokenizer
+
+    def encode(row: Mapping[str, Any]) -> Encoded:
+        if "outcome" not in row:
+            raise ValueError(f"train orm: a row has columns {sorted(row)}; expected an `outcome`, 0 or 1.")
+        return encode_steps(tokenizer, outcome_row(dict(row), bool(row["outcome"])), text)
+
+    return encode
+
+
+def _weigh_negatives(examples: Examples, options: RewardOptions) -> Examples:
+    """Negative up-sampling: solutions with a wrong step, and those without, as asked for of all weight."""
+    if not options.negative_share:
+        return examples
+    column, wrong = options.labels.column, options.labels.wrong
+    bad = np.array(
+        [any(t is not None and t <= wrong for t in step_targets(row[column], options.labels)) for row in examples]
+    )
+    share = float(bad.mean())
+    if share in (0.0, 1.0):
+        raise ValueError(f"train: {share:.0%} of the solutions hold a wrong step; expected some of both to weigh.")
+    wanted = options.negative_share
+    log.info("%.1f %% of %d solutions hold a wrong step; they now weigh %.1f %%", 100 * share, len(bad), 100 * wanted)
+    weights = np.where(bad, wanted / share, (1 - wanted) / (1 - share))
+    return Weighted(examples, weights)  # type: ignore[return-value]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    """Rows with other weights."""
+
+    examples: Examples
+    weights: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.examples[index]
+        return {**row, "weight": row.get("weight", 1.0) * float(self.weights[index])}
 
 
 def _no_adapters(lora: LoraConfig | None) -> None:
@@ -321,12 +475,18 @@ _GENTLE = {"optimizer": {"learning_rate": 5e-5, "b2": 0.95, "clip_norm": 0.5, "w
 # A head is small, and what is under it stays: it may move faster. The numbers are ours.
 _HEAD = {"optimizer": {"learning_rate": 1e-3, "warmup_steps": 100}}
 
+_SFT = lambda origin, options: partial(encode_sft, origin.tokenizer)
+_LABELLED = lambda origin, options: partial(encode_labelled, origin.tokenizer)
+
 RECIPES = {
-    "sft": Recipe("sft", encode_sft, SftOptions, {}, lambda origin, _, lora: whole_model(origin, lora), _sft_loss),
-    "drafter": Recipe("sft", encode_sft, DrafterOptions, _GENTLE, _drafter, _drafter_loss),
-    "early-exit": Recipe("sft", encode_sft, EarlyExitOptions, _GENTLE, _early_exit, _early_exit_loss),
-    "acceptance": Recipe(
-        "sft", encode_sft, AcceptanceOptions, _HEAD, _acceptance, _acceptance_loss, paths=("drafter",)
+    "sft": Recipe("sft", _SFT, SftOptions, {}, lambda origin, _, lora: whole_model(origin, lora), _sft_loss),
+    "drafter": Recipe("sft", _SFT, DrafterOptions, _GENTLE, _drafter, _drafter_loss),
+    "early-exit": Recipe("sft", _SFT, EarlyExitOptions, _GENTLE, _early_exit, _early_exit_loss),
+    "acceptance": Recipe("sft", _SFT, AcceptanceOptions, _HEAD, _acceptance, _acceptance_loss, paths=("drafter",)),
+    "judge": Recipe("unpaired", _LABELLED, JudgeOptions, _HEAD, _judge, _judge_loss, labelled.count_units),
+    "prm": Recipe(
+        "steps", _steps_encoder, RewardOptions, {}, _reward, _reward_loss, labelled.count_units, weigh=_weigh_negatives
     ),
-    "judge": Recipe("unpaired", encode_labelled, JudgeOptions, _HEAD, _judge, _judge_loss, judge_objective.count_units),
+    "orm": Recipe("steps", _outcome_encoder, RewardOptions, {}, _reward, _reward_loss, labelled.count_units),
+    "value": Recipe("unpaired", _LABELLED, RewardOptions, {}, _reward, _value_loss, labelled.count_units),
 }

@@ -29,7 +29,7 @@ from ..models import hf
 from ..models.decoder import DecoderConfig, Params, Remat, init_params, param_axes, param_shapes
 from ..models.lora import LoraConfig
 from ..models.presets import preset
-from ..models.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from ..models.tokenizer import byte_tokenizer, load_tokenizer
 from ..sharding.mesh import MeshConfig, gather, local_rows, make_mesh, put_batch
 from ..sharding.rules import FSDP_TP_SEQ, shardings_like
 from . import checkpoint
@@ -39,6 +39,7 @@ from .data.arithmetic import ArithmeticConfig, ArithmeticExamples, arithmetic_to
 from .data.formats import Layout, open_examples
 from .data.pipeline import BatchConfig, Batches
 from .data.tokenise import Encoded
+from .labels.truth import ArithmeticSolutions, SolutionsConfig
 from .loop import fit
 from .metrics import append_records, forget_after, plot_loss, read_records
 from .optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -47,9 +48,10 @@ from .recipe import (
     AcceptanceOptions,
     DrafterOptions,
     EarlyExitOptions,
+    Encode,
     JudgeOptions,
     Origin,
-    Recipe,
+    RewardOptions,
     SftOptions,
     Trainable,
 )
@@ -194,13 +196,16 @@ def read_run(out: Path) -> tuple[str, RunConfig, Any]:
 class _Stored:
     """What config.yaml holds: the options of its own kind, and null for those of others."""
 
-    kind: Literal["sft", "drafter", "early-exit", "acceptance", "judge"]
+    kind: Literal["sft", "drafter", "early-exit", "acceptance", "judge", "prm", "orm", "value"]
     settings: RunConfig
     sft: SftOptions | None = None
     drafter: DrafterOptions | None = None
     early_exit: EarlyExitOptions | None = None
     acceptance: AcceptanceOptions | None = None
     judge: JudgeOptions | None = None
+    prm: RewardOptions | None = None
+    orm: RewardOptions | None = None
+    value: RewardOptions | None = None
 
 
 def _absolute(name: str) -> str:
@@ -212,10 +217,11 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
     # 1. What to learn, and from what.
     recipe, origin = RECIPES[kind], _origin(cfg)
     trainable = recipe.trainable(origin, options, cfg.lora if cfg.adapters == "lora" else None)
-    examples = _examples(cfg, recipe.layout, progress)
+    examples = recipe.weigh(_examples(cfg, recipe.layout, progress), options)
+    encode = recipe.encoder(origin, options)
     mesh = make_mesh(cfg.mesh)
-    batches = _batches(cfg, recipe, origin.tokenizer, examples, mesh)
-    mark = _mark_of(cfg, examples, partial(recipe.encode, origin.tokenizer))
+    batches = _batches(cfg, encode, examples, mesh)
+    mark = _mark_of(cfg, examples, encode)
     board = _board(cfg)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         # 2. Where it begins: at step 0, or at the newest checkpoint that is whole.
@@ -247,7 +253,7 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
         record = _recorder(cfg, int(state.step), board, stack)
         stopped = stack.enter_context(_stop_signals())
         step = make_train_step(
-            recipe.make_loss(origin.config, options, rules=RULES, remat=cfg.remat),
+            recipe.make_loss(origin, options, rules=RULES, remat=cfg.remat),
             tx,
             recipe.counts,
             combine=trainable.combine,
@@ -307,24 +313,26 @@ def _origin(cfg: RunConfig) -> Origin:
     return Origin(dataclasses.replace(config, dtype=cfg.dtype or "float32"), tokenizer, folder)
 
 
-def _examples(cfg: RunConfig, layout: Layout, progress: bool) -> Sequence[Mapping[str, Any]]:
+def _examples(cfg: RunConfig, layout: Layout, progress: bool) -> Any:
     if cfg.data == ARITHMETIC:
+        if layout == "steps":
+            return ArithmeticSolutions(SolutionsConfig(problems=cfg.arithmetic, seed=cfg.seed))
         if layout != "sft":
             raise ValueError(
-                f"train: data={cfg.data!r} has rows of layout sft; expected a file of layout {layout} "
+                f"train: data={cfg.data!r} has rows of layouts sft and steps; expected a file of layout {layout} "
                 "(train/data/formats.py)."
             )
-        return ArithmeticExamples(cfg.arithmetic)  # type: ignore[return-value]
+        return ArithmeticExamples(cfg.arithmetic)
     if cfg.data.startswith("builtin:"):
         raise ValueError(f"train: data={cfg.data!r}; expected {ARITHMETIC}, a file or a folder.")
     examples = open_examples(Path(cfg.data), layout, on_bad_row=cfg.on_bad_row, split=cfg.split, progress=progress)
     if examples.skipped:
         first = examples.skipped[0]
         log.warning("%d rows are left out, the first %s: %s", len(examples.skipped), first.where, first.message)
-    return examples  # type: ignore[return-value]
+    return examples
 
 
-def _batches(cfg: RunConfig, recipe: Recipe, tokenizer: Tokenizer, examples, mesh) -> Batches:
+def _batches(cfg: RunConfig, encode: Encode, examples, mesh) -> Batches:
     """This process runs the streams that fill its rows."""
     micro = cfg.batch.size // cfg.batch.micro_batches
     mine, per_stream = local_rows(mesh, RULES, micro), micro // cfg.batch.shards
@@ -335,7 +343,7 @@ def _batches(cfg: RunConfig, recipe: Recipe, tokenizer: Tokenizer, examples, mes
         )
     return Batches(
         examples,
-        partial(recipe.encode, tokenizer),
+        encode,
         cfg.batch,
         seed=cfg.seed,
         shards=range(mine.start // per_stream, mine.stop // per_stream),

@@ -1,6 +1,7 @@
-"""From settings to a drafter and its rule: `lookup`, or a folder that says itself what kind of drafter it holds."""
+"""From settings to a drafter and its rule: a name, or a folder that says itself what kind of drafter it holds."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import jax.numpy as jnp
 from ...models import checkpoint, eagle, heads, hf, jakiro, kangaroo
 from ...models.decoder import DecoderConfig, unstack_layers
 from ...models.safetensors import CheckpointError, read_json
+from ...models.tokenizer import Tokenizer
 from . import stop, verify
+from .drafters import aded, lookup, small_model
 from .drafters import eagle as eagle_drafter
 from .drafters import jakiro as jakiro_drafter
 from .drafters import kangaroo as kangaroo_drafter
-from .drafters import lookup, small_model
 from .draw import Draw
 from .loop import Drafter, Speculation, check
 from .settings import SpeculationConfig
@@ -22,8 +24,15 @@ from .verify import Verifier
 Network = DecoderConfig | eagle.EagleConfig | jakiro.JakiroConfig | kangaroo.KangarooConfig
 
 
-def load_speculation(cfg: SpeculationConfig, target: DecoderConfig) -> Speculation | None:
+def load_speculation(
+    cfg: SpeculationConfig, target: DecoderConfig, tokenizer: Tokenizer | None = None
+) -> Speculation | None:
     """Read the drafter and pair it with its rule; None where no drafter is named.
+
+    Args:
+      cfg: what the user asks for.
+      target: the model that is drafted for.
+      tokenizer: its own; needed to read a corpus.
 
     Raises:
       CheckpointError: for a folder that holds no drafter for this target.
@@ -32,13 +41,20 @@ def load_speculation(cfg: SpeculationConfig, target: DecoderConfig) -> Speculati
     if cfg.drafter is None:
         return None
     if cfg.drafter == "lookup":
-        found = Speculation(lookup.make_drafter(cfg.drafts), verify.coupled())
         _only(cfg, "lookup", ("auto", "chain"), drawn=False)
+        found = Speculation(_lookup(cfg), verify.coupled(), shorter=_half(cfg, _lookup))
+    elif cfg.drafter == "aded":
+        _only(cfg, "aded", ("auto", "dynamic"), drawn=False)
+        table = _tri_grams(cfg, target, tokenizer)
+        found = Speculation(_aded(cfg), verify.coupled(), table, shorter=_half(cfg, _aded))
     else:
         found = _from_folder(cfg, Path(cfg.drafter), target)
+    if cfg.corpus is not None and cfg.drafter != "aded":
+        raise ValueError(f"speculation: corpus={cfg.corpus!r} with drafter={cfg.drafter!r}; expected 'aded'.")
     verifier = _rule(cfg, found.drafter)
     check(found.drafter, verifier)
-    return found._replace(verifier=verifier, verifier_params=_judge_params(cfg, target))
+    shorter = found.shorter if verifier == verify.coupled() else ()  # other rules leave no choice to the clock
+    return found._replace(verifier=verifier, verifier_params=_judge_params(cfg, target), shorter=shorter)
 
 
 def with_drafter(cfg: SpeculationConfig, network: Network) -> Drafter:
@@ -97,7 +113,42 @@ def _from_folder(cfg: SpeculationConfig, folder: Path, target: DecoderConfig) ->
     drafter, head = with_drafter(cfg, config), _stop_head(cfg, config)  # which may refuse, before a whole model is read
     if params is None:
         params = hf.load(folder, dtype=target.dtype).params  # type: ignore[arg-type]
-    return Speculation(drafter, verify.coupled(), drafter_params(cfg, config, params, head))
+    least = 2 if isinstance(config, jakiro.JakiroConfig) else 1  # its last level is never read
+    shorter = _half(cfg, lambda cfg: with_drafter(cfg, config), least)
+    return Speculation(drafter, verify.coupled(), drafter_params(cfg, config, params, head), shorter=shorter)
+
+
+def _aded(cfg: SpeculationConfig) -> Drafter:
+    return aded.make_drafter(nodes=cfg.nodes, depth=cfg.levels, simulations=max(64, cfg.nodes - 1))
+
+
+def _lookup(cfg: SpeculationConfig) -> Drafter:
+    return lookup.make_drafter(cfg.drafts)
+
+
+def _half(cfg: SpeculationConfig, make: Callable[[SpeculationConfig], Drafter], least: int = 1) -> tuple[Drafter, ...]:
+    """The same drafter with half the depth, for texts where long drafts do not pay; none where it cannot be shorter."""
+    levels = max(least, cfg.levels // 2)
+    nodes = max(2, min(cfg.nodes // 4, 1 + cfg.beam ** min(levels, 2)))  # no more than so many levels hold
+    half = dataclasses.replace(cfg, drafts=cfg.drafts // 2 or 1, levels=levels, nodes=nodes)
+    short = make(half)
+    return (short,) if short.depth < make(cfg).depth else ()
+
+
+def _tri_grams(cfg: SpeculationConfig, target: DecoderConfig, tokenizer: Tokenizer | None) -> aded.Table:
+    """Of the corpus, line by line so that it need not fit into memory; an empty table without one."""
+    if cfg.corpus is None:
+        return aded.build_table(())
+    if tokenizer is None:
+        raise ValueError("speculation: corpus without a tokenizer; expected the target's, to read it.")
+    with open(cfg.corpus, encoding="utf-8") as file:
+        table = aded.build_table(tokenizer.encode(line, bos=False) for line in file)
+    if (most := int(table.tokens.max())) >= target.vocab_size:
+        raise ValueError(
+            f"speculation: the tokenizer makes token {most} of {cfg.corpus}; expected ids below {target.vocab_size}, "
+            "the model's vocabulary. Use the model's own tokenizer."
+        )
+    return table
 
 
 def _stop_rule(cfg: SpeculationConfig) -> stop.StopRule:

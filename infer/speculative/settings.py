@@ -9,14 +9,16 @@ class SpeculationConfig:
     """How to decode several tokens a step.
 
     Attributes:
-      drafter: `lookup`, or the folder of a drafter or of a smaller model with the same tokenizer; none decodes plainly.
+      drafter: `lookup`, `aded`, or the folder of a drafter or of a smaller model with the same tokenizer; none decodes
+        plainly.
+      corpus: text file whose tri-grams ADED knows from the beginning.
       verifier: which drafts are taken. `coupled` gives the very tokens of plain decoding; `rejection` and `k-seq` keep
         its distribution; `judge` takes more drafts than it, and what comes out is another distribution. `auto` is
         `coupled`.
       judge: folder of a trained judge, for `verifier judge`.
       judge_threshold: a draft is taken if the judge finds it good with more than this probability.
       draw: how drafts are drawn (`draw.py`); `auto` is what suits the verifier.
-      shape: of the drafts. `auto` is a growing tree for EAGLE and Jakiro and a chain for the others.
+      shape: of the drafts. `auto` is a growing tree for EAGLE, Jakiro and ADED and a chain for the others.
       drafts: tokens of a chain.
       chains: of a small model, side by side.
       nodes: of a growing tree, the root included.
@@ -30,6 +32,7 @@ class SpeculationConfig:
     """
 
     drafter: str | None = None
+    corpus: str | None = None
     verifier: Literal["auto", "coupled", "rejection", "k-seq", "judge"] = "auto"
     judge: str | None = None
     judge_threshold: float = 0.5

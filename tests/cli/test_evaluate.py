@@ -52,3 +52,78 @@ def test_training_commands_with_bad_input(run, trained, argv, status, message):
     assert found == status
     assert message in out + err
     assert not (trained / "x").exists()
+
+
+@pytest.fixture(scope="module")
+def rewarding(speaking, tmp_path_factory):
+    """A reward model that knows nothing, beside the model that speaks."""
+    import jax
+
+    from jaxaroo.models import hf, reward
+    from jaxaroo.models.tokenizer import load_tokenizer
+
+    decoder, tokenizer = hf.load(speaking), load_tokenizer(speaking)
+    cfg = reward.RewardConfig(target=decoder.config, separator=reward.one_token(tokenizer, "<|sep|>"))
+    head = reward.init_head(cfg, jax.random.key(1))
+    folder = tmp_path_factory.mktemp("reward") / "model"
+    reward.save(folder, reward.RewardModel(cfg, {"model": decoder.params, "head": head}), like=speaking)
+    return folder
+
+
+def test_eval_prm_reports_scores_and_a_picture(run, rewarding, tmp_path):
+    rows = [{"prompt": f"q{i} ", "steps": ["a b", "c"], "labels": [1, i % 2], "id": str(i)} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ("eval", "prm", "--model", rewarding, "--data", tmp_path / "rows.jsonl", "--batch", 4)
+    status, out, _ = run(*asked, "--json", "--out", tmp_path / "s.jsonl", "--plot", tmp_path / "r.png")
+    report = json.loads(out)
+    assert (status, report["solutions"], report["steps"], report["right"]) == (0, 6, 12, 9)
+    assert (report["erroneous"], report["correct"]) == (3, 3)
+    written = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert all(len(row["scores"]) == 2 and min(row["scores"]) > 0 for row in written)
+    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+    status, out, _ = run(*asked)
+    assert (status, f"AUROC {report['auroc']:.4f}" in out) == (0, True)
+
+
+def test_eval_best_of_n_shows_curves_between_one_answer_and_the_truth(run, speaking, rewarding, tmp_path):
+    rows = [{"prompt": f"what is {i} ?", "answer": str(i)} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ("eval", "best-of-n", "--policy", speaking, "--model", rewarding, "--data", tmp_path / "rows.jsonl")
+    asked += ("--samples", 4, "--max-new-tokens", 8, "--limit", 2)
+    status, out, _ = run(*asked, "--json", "--out", tmp_path / "a.jsonl", "--plot", tmp_path / "c.png")
+    found = json.loads(out)
+    assert (status, found["questions"], found["n"], found["k"]) == (0, 2, 4, [1, 2, 4])
+    assert set(found["best_of"]) == {"min", "product", "last", "mean"}
+    for values in found["best_of"].values():
+        assert all(value <= most for value, most in zip(values, found["pass_at"], strict=True))
+    written = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [len(row["scores"]) for row in written] == [4, 4]
+    assert (tmp_path / "c.png").stat().st_size > 1000
+    status, out, _ = run(*asked)
+    assert (status, out.split()[:3]) == (0, ["k", "oracle", "majority"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        ("eval prm --model {speaking} --data {tmp}/rows.jsonl", 1, "expected a reward model"),
+        ("eval prm --model {rewarding} --data {tmp}/none.jsonl", 1, "none.jsonl"),
+        ("eval prm --model {rewarding} --data {tmp}/rows.jsonl", 1, "rows.jsonl:1"),
+        (
+            "eval best-of-n --policy {speaking} --model {rewarding} --data {tmp}/rows.jsonl --samples 1",
+            2,
+            "--samples 1",
+        ),
+        (
+            "eval best-of-n --policy {speaking} --model {speaking} --data {tmp}/rows.jsonl --limit 1 --samples 2 "
+            "--max-new-tokens 2",
+            1,
+            "expected a reward model",
+        ),
+    ],
+)
+def test_reward_commands_with_bad_input(run, speaking, rewarding, tmp_path, argv, status, message):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "q", "answer": "1"}\n')
+    found, out, err = run(*argv.format(speaking=speaking, rewarding=rewarding, tmp=tmp_path).split())
+    assert found == status
+    assert message in out + err

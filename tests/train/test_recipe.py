@@ -11,7 +11,8 @@ from jaxaroo.infer.engine import Engine
 from jaxaroo.infer.sampling import Sampling
 from jaxaroo.infer.speculative.load import load_speculation
 from jaxaroo.infer.speculative.settings import SpeculationConfig
-from jaxaroo.models import checkpoint, heads, hf, kangaroo
+from jaxaroo.infer.step_scores import Solution, score_solutions
+from jaxaroo.models import checkpoint, heads, hf, kangaroo, reward
 from jaxaroo.models.decoder import DecoderConfig, Model, init_params
 from jaxaroo.models.lora import LoraConfig
 from jaxaroo.models.tokenizer import byte_tokenizer
@@ -28,6 +29,7 @@ from jaxaroo.train.recipe import (
     EarlyExitOptions,
     JudgeOptions,
     Origin,
+    RewardOptions,
     network_config,
 )
 from jaxaroo.train.run import RunConfig, read_run, resume, start
@@ -279,6 +281,92 @@ def test_what_cannot_draft_has_no_acceptance_head(target, tmp_path):
     deeper = dataclasses.replace(config, num_layers=3)
     with pytest.raises(ValueError, match="num_layers"):
         network_config("acceptance", deeper, AcceptanceOptions(drafter=str(target / "adapter")))
-    with pytest.raises(ValueError, match="has rows of layout sft; expected a file of layout unpaired"):
+    with pytest.raises(ValueError, match="has rows of layouts sft and steps; expected a file of layout unpaired"):
         run.start("judge", settings(target, tmp_path / "out", data="builtin:arithmetic"))
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ reward models
+@pytest.fixture(scope="module")
+def solutions(target):
+    """Sums, half of them wrong in one step; the marker shows which, so that it can be learned at once."""
+    rows = []
+    for i in range(40):
+        steps = [f"{i % 5}{'=' if i % 2 or k else '#'}" for k in range(2)]
+        rows.append({"prompt": "q ", "steps": steps, "labels": [int(i % 2), int(i % 2)], "outcome": i % 2})
+    (target / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+SEPARATED = dict(separator="<|sep|>", between=" ")
+
+
+@pytest.mark.optimizer
+def test_a_reward_model_trains_scores_and_goes_on_from_outcomes(target, solutions, tmp_path):
+    options = RewardOptions(**SEPARATED, inner=8)
+    data = dict(data=str(target / "steps.jsonl"), steps=12)
+    assert start("orm", settings(target, tmp_path / "orm", **data), options).finished
+    model = str(tmp_path / "orm" / "model")
+    assert start("prm", settings(target, tmp_path / "prm", **data | {"model": model}), options).finished
+    losses = {k: [r["loss"] for r in read_records(tmp_path / k / "metrics.jsonl")] for k in ("orm", "prm")}
+    assert losses["prm"][0] < losses["orm"][0]  # it begins where the outcomes left it, head included
+    found = reward.load(tmp_path / "prm" / "model")
+    scores = score_solutions(found, byte_tokenizer(), [Solution(r["prompt"], r["steps"]) for r in solutions])
+    good = np.array([s for s, r in zip(scores, solutions, strict=True) if r["outcome"]])
+    bad = np.array([s for s, r in zip(scores, solutions, strict=True) if not r["outcome"]])
+    assert good[:, 1].mean() > bad[:, 1].mean() + 0.1
+    assert hf.load(tmp_path / "prm" / "model").config.vocab_size == byte_tokenizer().vocab_size
+    with pytest.raises(ValueError, match="is a reward model whose inner are not those asked for"):
+        start("prm", settings(target, tmp_path / "no", **data | {"model": model}), RewardOptions(**SEPARATED))
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.optimizer
+def test_a_token_pair_is_trained_in_the_decoder_itself(target, solutions, tmp_path):
+    options = RewardOptions(**SEPARATED, head="token-pair", good="+", bad="-", negative_share=0.75)
+    out = tmp_path / "pair"
+    assert start("prm", settings(target, out, data=str(target / "steps.jsonl")), options).finished
+    found = reward.load(out / "model")
+    assert (found.config.kind, found.config.good, found.params["head"]) == ("token_pair", ord("+"), {})
+    line = read_records(out / "metrics.jsonl")[-1]
+    assert 0 <= line["good"] <= 1
+    assert 0 < line["brier"] < 1
+    assert read_run(out)[2] == options
+
+
+@pytest.mark.optimizer
+def test_a_value_model_learns_from_every_token(target, tmp_path):
+    out = tmp_path / "value"
+    run_ = settings(target, out, data=str(target / "labelled.jsonl"), steps=12)
+    assert start("value", run_, RewardOptions(**SEPARATED)).finished
+    losses = [r["squared_error"] for r in read_records(out / "metrics.jsonl")]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+def test_wrong_solutions_weigh_what_is_asked_for(caplog):
+    rows = [{"labels": [1, 0]}, {"labels": [1, 1]}, {"labels": [1, None], "weight": 2.0}, {"labels": [None, 1]}]
+    with caplog.at_level("INFO"):
+        weighed = RECIPES["prm"].weigh(rows, RewardOptions(negative_share=0.5))
+    found = [weighed[i]["weight"] for i in range(4)]
+    assert found == pytest.approx([2.0, 2 / 3, 4 / 3, 2 / 3])  # one in four is wrong; a row's own weight stays
+    assert len(weighed) == 4
+    assert "25.0 % of 4 solutions hold a wrong step; they now weigh 50.0 %" in caplog.text
+    assert RECIPES["prm"].weigh(rows, RewardOptions()) is rows
+    with pytest.raises(ValueError, match="0% of the solutions hold a wrong step"):
+        RECIPES["prm"].weigh(rows[1:], RewardOptions(negative_share=0.5))
+
+
+@pytest.mark.errors
+def test_reward_models_that_cannot_be_are_refused(target, solutions, tmp_path):
+    run_ = lambda **changes: settings(target, tmp_path / "x", **{"data": str(target / "steps.jsonl"), **changes})
+    for kind, cfg, options, message in (
+        ("prm", run_(), RewardOptions(separator="two tokens"), "expected one token"),
+        ("prm", run_(adapters="lora"), RewardOptions(), "all of it is trained"),
+        ("prm", run_(data=str(target / "rows.jsonl")), RewardOptions(), "rows.jsonl:1"),
+        ("value", run_(data="builtin:arithmetic"), RewardOptions(), "expected a file of layout unpaired"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            start(kind, cfg, options)
+    with pytest.raises(ValueError, match="negative_share=1"):
+        RewardOptions(negative_share=1.0)
+    assert not (tmp_path / "x").exists()

@@ -6,5 +6,8 @@ eagle.py     a drafter guesses the target's next feature; also what every object
 jakiro.py    the same with two experts, one of them two tokens ahead
 kangaroo.py  an adapter on the first layers guesses the target's next token
 specdec_pp.py  a head on the drafter's states: will this draft be accepted?
+labelled.py  what labelled tokens teach: shared by judges and reward models
+prm.py       a reward model learns which steps are right
+ivo.py       a value model learns what a text is worth from any of its tokens
 judge.py     a head on the target's states: is this token good, from labels
 """

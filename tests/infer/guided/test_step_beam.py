@@ -78,6 +78,8 @@ def test_the_same_seed_finds_the_same_and_questions_do_not_meddle():
     assert both == texts(run(["one: ", "two: "]))
     assert both[:1] == texts(run(["one: "])) == texts(run([TOKENIZER.encode("one: ")]))
     assert both != texts(run(["one: ", "two: "], seed=4))
+    twice = texts(run(["one: ", "one: "]))
+    assert twice[0] == both[0] != twice[1]  # asked twice, it is drawn twice
 
 
 def test_an_answer_that_ends_stays_as_it_was_judged():
@@ -86,7 +88,7 @@ def test_an_answer_that_ends_stays_as_it_was_judged():
 
     def judge(grown):
         judged.extend(p for _, p in grown)
-        return [float(len(p.pieces)) + (10.0 if p.ended else 0.0) for _, p in grown]
+        return [float(-len(p.pieces)) + (10.0 if p.ended else 0.0) for _, p in grown]
 
     ends = Sampling(**{**vars(PIECE), "logit_bias": LETTERS | {TOKENIZER.eos_ids[0]: 100.0}})
     [beam] = search(engine(), ["x"], ends, judge, beams=3, expand=8, rounds=3)
@@ -95,7 +97,8 @@ def test_an_answer_that_ends_stays_as_it_was_judged():
     for partial in finished:
         assert partial.token_ids[-1] in TOKENIZER.eos_ids
         assert "<|eos|>" not in partial.text
-        assert partial.score == len(partial.pieces) + 10
+        assert partial.score == 10 - len(partial.pieces)
+    assert len(beam[0].pieces) == min(len(p.pieces) for p in judged if p.ended) < 3  # kept from the round it ended in
     assert not any(a.ended and b.token_ids[: len(a.token_ids)] == a.token_ids for a in judged for b in judged if a != b)
 
 

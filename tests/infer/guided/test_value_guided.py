@@ -26,7 +26,7 @@ SMALL = DecoderConfig(
 PROMPTS = [[5, 9, 1], [1], [2, 4, 6, 8, 10, 2]]
 SAMPLINGS = [
     Sampling(temperature=0.0, max_tokens=12, ignore_eos=True),
-    Sampling(temperature=1.0, max_tokens=24, top_p=0.35),  # often fewer tokens than candidates
+    Sampling(temperature=1.0, max_tokens=24, top_p=0.2),  # often fewer tokens than candidates
     Sampling(temperature=0.7, max_tokens=5, repetition_penalty=1.3),
 ]
 

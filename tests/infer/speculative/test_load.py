@@ -3,14 +3,20 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxaroo.infer.decode import Rows
+from jaxaroo.infer.sampling import Sampling, pack_sampling
+from jaxaroo.infer.speculative import loop
+from jaxaroo.infer.speculative.drafters import aded
 from jaxaroo.infer.speculative.load import load_speculation
 from jaxaroo.infer.speculative.settings import SpeculationConfig
 from jaxaroo.models import checkpoint, eagle, heads, hf, jakiro, kangaroo
-from jaxaroo.models.decoder import DecoderConfig, Model, init_params
+from jaxaroo.models.decoder import DecoderConfig, Model, init_params, unstack_layers
 from jaxaroo.models.safetensors import CheckpointError
+from jaxaroo.models.tokenizer import byte_tokenizer
 
 CFG = DecoderConfig(
     vocab_size=32, embed_dim=16, ffn_dim=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, max_positions=64
@@ -109,6 +115,72 @@ def test_heads_come_with_their_thresholds(folders):
     assert sure.drafter_params["stop"] == {"eta": np.float32(0.2)}
     copied = load_speculation(asked(folders, {"drafter": "lookup", "verifier": "judge", "judge": "judge"}), CFG)
     assert (copied.drafter.name, copied.verifier.name) == ("lookup", "judge over coupled")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "shorter"),
+    [
+        ("eagle", {}, "eagle, dynamic tree 15 x 10 x 3, shared"),
+        ("eagle", {"levels": 2}, "eagle, dynamic tree 11 x 10 x 1, shared"),
+        ("jakiro", {}, "jakiro, dynamic tree 15 x 10 x 3, shared"),
+        ("jakiro", {"levels": 3}, "jakiro, dynamic tree 15 x 10 x 2, shared"),
+        ("jakiro", {"levels": 2, "nodes": 20}, None),  # its last level is never read, so there are two at least
+        ("kangaroo", {}, "kangaroo, 3, shared, fixed"),
+        ("kangaroo", {"shape": "dynamic"}, "kangaroo, dynamic tree 15 x 10 x 3, shared, fixed"),
+        ("small", {"drafts": 5}, "small model, 1 x 2, shared"),
+        ("small", {"drafts": 1}, None),
+        ("small", {"verifier": "rejection"}, None),  # where the clock must not choose
+        ("eagle", {"shape": "static"}, None),
+    ],
+)
+def test_a_drafter_comes_with_one_half_as_deep_whose_state_is_the_same(folders, name, settings, shorter):
+    found = load_speculation(SpeculationConfig(drafter=str(folders / name), **settings), CFG)
+    assert [d.name for d in found.shorter] == ([] if shorter is None else [shorter])
+    if found.shorter:
+        [short] = found.shorter
+        tokens, one, halt = np.zeros((2, 64), np.int32), np.ones(2, np.int32), np.zeros(2, bool)
+        settings = pack_sampling([(Sampling(), 0, 0)] * 2, 0, CFG.vocab_size)
+        rows = Rows(settings, one, 40 * one, np.full((2, 1), -1, np.int32))
+        target = jax.eval_shape(lambda: unstack_layers(init_params(CFG, jax.random.key(0))))
+        weights = loop.Weights(target, found.drafter_params, ())
+        state = jax.eval_shape(lambda w: loop.prefill(CFG, w, found.drafter, tokens, rows, chunk=16), weights)
+        advance = lambda w, s: loop.decode(CFG, w, short, found.verifier, s, rows, halt, np.int32(3))
+        assert jax.eval_shape(advance, weights, state) == state
+
+
+def test_aded_reads_a_corpus_by_the_targets_tokenizer(tmp_path):
+    (tmp_path / "corpus.txt").write_text("the emu ran\nthe emu ate\n", encoding="utf-8")
+    tokenizer = byte_tokenizer()
+    wide = dataclasses.replace(CFG, vocab_size=tokenizer.vocab_size)
+    asked = SpeculationConfig(drafter="aded", corpus=str(tmp_path / "corpus.txt"), nodes=8, levels=4)
+    found = load_speculation(asked, wide, tokenizer)
+    assert found.drafter.name == "aded, 8 x 4, 64 simulations"
+    assert [d.name for d in found.shorter] == ["aded, 2 x 2, 64 simulations"]
+
+    def followed(first, second):
+        ids = (jnp.int32(ord(first)), jnp.int32(ord(second)))
+        tokens, counts = map(np.asarray, aded.look_up(found.drafter_params, *ids))
+        return dict(zip(tokens[counts > 0].tolist(), counts[counts > 0].tolist(), strict=True))
+
+    assert followed("h", "e") == {ord(" "): 2}
+    assert followed("u", " ") == {ord("r"): 1, ord("a"): 1}
+    assert followed("\n", "t") == {}  # a line is a text of its own
+    empty = load_speculation(SpeculationConfig(drafter="aded"), CFG)
+    assert not np.asarray(empty.drafter_params.counts).any()
+
+
+@pytest.mark.errors
+def test_a_corpus_that_cannot_be_used_is_refused(tmp_path):
+    (tmp_path / "corpus.txt").write_text("the emu ran", encoding="utf-8")
+    corpus = str(tmp_path / "corpus.txt")
+    with pytest.raises(ValueError, match=r"makes token 117 .*; expected ids below 32"):
+        load_speculation(SpeculationConfig(drafter="aded", corpus=corpus), CFG, byte_tokenizer())
+    with pytest.raises(ValueError, match="corpus without a tokenizer"):
+        load_speculation(SpeculationConfig(drafter="aded", corpus=corpus), CFG)
+    with pytest.raises(ValueError, match="with drafter='lookup'; expected 'aded'"):
+        load_speculation(SpeculationConfig(drafter="lookup", corpus=corpus), CFG)
+    with pytest.raises(FileNotFoundError):
+        load_speculation(SpeculationConfig(drafter="aded", corpus=str(tmp_path / "none.txt")), CFG, byte_tokenizer())
 
 
 def test_lookup_needs_no_folder():

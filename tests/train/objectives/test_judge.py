@@ -13,9 +13,9 @@ from jaxaroo.infer.speculative import loop, verify
 from jaxaroo.infer.speculative.drafters import small_model
 from jaxaroo.models.decoder import DecoderConfig, forward, init_params, unstack_layers
 from jaxaroo.models.heads import JudgeConfig
-from jaxaroo.train.data import pipeline
 from jaxaroo.train.data.pipeline import Batch
-from jaxaroo.train.objectives.judge import JudgeLossConfig, count_units, judge, make_loss
+from jaxaroo.train.objectives.judge import make_loss
+from jaxaroo.train.objectives.labelled import LabelledLossConfig, count_units
 from jaxaroo.train.optimizer import OptimizerConfig, make_optimizer
 from jaxaroo.train.state import init_state
 from jaxaroo.train.step import make_train_step
@@ -58,7 +58,7 @@ def batch(segments=None, seed=1):
 
 @jax.jit
 def terms_of(params, batch):
-    terms, metrics = make_loss(CFG, JudgeLossConfig(negative_weight=NEGATIVE))(params, batch, None)
+    terms, metrics = make_loss(CFG, LabelledLossConfig(negative_weight=NEGATIVE))(params, batch, None)
     return {name: (term.value, term.weight) for name, term in (terms | metrics).items()}
 
 
@@ -87,23 +87,10 @@ def test_the_whole_loss_is_that_of_the_float64_loop_on_the_state_that_has_read_t
     for name in ("accuracy", "probability"):
         np.testing.assert_array_equal(got[name][1], MASK)
     np.testing.assert_array_equal(got["recall_of_bad"][1], MASK & (LABELS <= 0.5))
+    np.testing.assert_array_equal(np.asarray(got["good"][0])[MASK], LABELS[MASK])
+    said = np.asarray(got["probability"][0], np.float64)
+    np.testing.assert_allclose(np.asarray(got["brier"][0])[MASK], (said - LABELS)[MASK] ** 2, rtol=1e-5)
     assert 0 < np.asarray(got["accuracy"][0])[MASK].mean() < 1
-
-
-def test_units_are_counted_by_a_loop():
-    data = batch()
-    got = {name: int(n) for name, n in count_units(data).items()}
-    assert got == {name: int(n) for name, n in pipeline.count_units(data).items()} | {
-        "bad_token": sum(bool(MASK[i]) and LABELS[i] <= 0.5 for i in np.ndindex(B, T))
-    }
-    terms, metrics = judge(jnp.zeros((B, T)), data)
-    units = {name: term.unit for name, term in (terms | metrics).items()}
-    assert units == {
-        "cross_entropy": "token",
-        "accuracy": "token",
-        "recall_of_bad": "bad_token",
-        "probability": "token",
-    }
 
 
 def test_packed_segments_are_as_good_as_rows_of_their_own():
@@ -157,7 +144,7 @@ def learned(negative=1.0):
     tx = make_optimizer(OptimizerConfig(learning_rate=0.1, warmup_steps=0), 120)
     head = {"weight": jnp.zeros(8), "bias": jnp.zeros(())}
     combine = lambda head, target: {"head": head, "target": target}
-    loss = make_loss(CFG, JudgeLossConfig(negative_weight=negative))
+    loss = make_loss(CFG, LabelledLossConfig(negative_weight=negative))
     step = make_train_step(loss, tx, count_units, combine=combine)
     state, metrics = init_state(head, tx, frozen=jax.tree.map(jnp.copy, quiet())), []
     for i in range(120):
@@ -225,4 +212,4 @@ def test_refusals():
     with pytest.raises(ValueError, match="a batch without labels"):
         make_loss(CFG)(params(), batch()._replace(labels=None), None)
     with pytest.raises(ValueError, match="negative_weight: found 0"):
-        JudgeLossConfig(negative_weight=0.0)
+        LabelledLossConfig(negative_weight=0.0)
