@@ -77,8 +77,8 @@ def main() -> None:
     if opts.only_train:
         return
 
-    asked = ("eval", "answers", "--model", target, "--data", "builtin:arithmetic", "--limit", 200, "--json")
-    result["target_accuracy"] = json.loads(command(*asked))["accuracy"]
+    asked = ("eval", "answers", "--model", target, "--data", "builtin:arithmetic", "--limit", 200)
+    result["target_accuracy"] = json.loads(command(*asked, "--max-new-tokens", 64, "--json"))["accuracy"]
     model, tokenizer = hf.load(target, dtype="float32"), load_tokenizer(target)
     result["target_parameters"] = sum(w.size for w in jax.tree.leaves(model.params))
     problems = ArithmeticExamples(ArithmeticConfig(), "test", opts.questions)

@@ -1,5 +1,6 @@
 """`jaxaroo eval ...`: how well a model predicts, and how often it is right."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -127,6 +128,9 @@ def eval_answers(
         "" if report.majority is None else f"; majority {report.majority:.4f}, pass@{most} {report.pass_at[most]:.4f}"
     )
     print(dumps(result) if json else line + more)
+    if report.failed:
+        first = next(row["error"] for row in report.rows if row["error"])
+        print(f"warning: {report.failed} questions were not answered, the first: {first}", file=sys.stderr)
     return 0
 
 

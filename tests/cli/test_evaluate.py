@@ -54,6 +54,14 @@ def test_training_commands_with_bad_input(run, trained, argv, status, message):
     assert not (trained / "x").exists()
 
 
+def test_questions_that_could_not_be_asked_are_told(run, speaking, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "q", "answer": "1"}\n')
+    asked = ("eval", "answers", "--model", speaking, "--data", tmp_path / "rows.jsonl", "--max-new-tokens", 500)
+    status, out, err = run(*asked)
+    assert (status, out.startswith("accuracy 0.0000")) == (0, True)
+    assert "warning: 1 questions were not answered, the first: max_tokens: found 500" in err
+
+
 @pytest.fixture(scope="module")
 def rewarding(speaking, tmp_path_factory):
     """A reward model that knows nothing, beside the model that speaks."""
