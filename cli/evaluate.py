@@ -248,7 +248,7 @@ def eval_best_of_n(
     from ..infer.evaluate import Question, evaluate_answers, final_answer
     from ..infer.guided.best_of_n import Aggregator, Candidates, aggregate, curves
     from ..infer.sampling import Sampling
-    from ..infer.step_metrics import plot_best_of_k
+    from ..infer.step_metrics import auroc, plot_best_of_k, within_question_auroc
     from ..infer.step_scores import Solution, score_solutions
     from ..models import hf, reward
     from ..models.tokenizer import load_tokenizer
@@ -276,23 +276,32 @@ def eval_best_of_n(
         row["scores"] = [next(scores) for _ in row["texts"]]
         # an answer that was cut, or gives none, is malformed
         whole = [f is not None and why == "stop" for f, why in zip(finals, row["finish_reasons"], strict=True)]
-        worth = lambda how, row=row, whole=whole: [
-            aggregate(s if ok else [], how) for s, ok in zip(row["scores"], whole, strict=True)
-        ]
-        candidates.append(Candidates(row["correct"], finals, {how: worth(how) for how in get_args(Aggregator)}))
+        steps = [s if ok else [] for s, ok in zip(row["scores"], whole, strict=True)]
+        worths = {how: [aggregate(s, how) for s in steps] for how in get_args(Aggregator)}
+        candidates.append(Candidates(row["correct"], finals, worths))
     found = curves(candidates, seed=seed)
+    # A scorer may know which questions are hard, and nothing of which answer is right: then only the first is high.
+    number = [i for i, c in enumerate(candidates) for _ in c.right]
+    right = [int(ok) for c in candidates for ok in c.right]
+    told, within = {}, {}
+    for how in get_args(Aggregator):
+        worth = [max(score, -1.0) for c in candidates for score in c.scores[how]]  # malformed ones are the worst
+        told[how], within[how] = auroc(worth, right), within_question_auroc(worth, right, number)
     if out is not None:
         out.write_text("".join(dumps(row) + "\n" for row in answered), encoding="utf-8")
     if plot is not None:
         plot_best_of_k(plot, found)
     if json:
-        print(dumps(found._asdict()))
+        print(dumps(found._asdict() | {"auroc": told, "within_question_auroc": within}))
         return 0
     columns = {"oracle": found.pass_at, "majority": found.majority, **found.best_of}
     columns |= {f"vote by {name}": values for name, values in found.weighted.items()}
     print("k".rjust(4), *(name.rjust(max(8, len(name))) for name in columns))
     for i, k in enumerate(found.k):
         print(str(k).rjust(4), *(f"{values[i]:.4f}".rjust(max(8, len(name))) for name, values in columns.items()))
+    show = lambda value: "not defined" if value is None else f"{value:.4f}"
+    print("a right answer above a wrong one, of any question and of the same (0.5 is chance):")
+    print("  " + ", ".join(f"{how} {show(told[how])} and {show(within[how])}" for how in told))
     return 0
 
 

@@ -57,18 +57,18 @@ def label_sample(
     from ..infer.sampling import Sampling
     from ..models.hf import load
     from ..models.tokenizer import load_tokenizer
-    from ..train.data.arithmetic import ArithmeticConfig, make_problem
+    from ..train.data.arithmetic import ArithmeticConfig, check_lines
     from ..train.data.steps import split_steps
-    from ..train.labels.truth import arithmetic_row
 
     if samples < 1 or (samples > 1 and temperature == 0):
         raise UsageError(
             f"label sample: --samples {samples}, --temperature {temperature}; expected some, all different."
         )
-    builtin = data == "builtin:arithmetic"
-    hard = ArithmeticConfig(level=arithmetic_level, hi=arithmetic_hi)
-    number = limit or 1000 if builtin else limit
-    problems = range(first, first + number) if builtin else _questions(data)[first : first + number if number else None]
+    if data == "builtin:arithmetic":
+        hard = ArithmeticConfig(level=arithmetic_level, hi=arithmetic_hi)
+        problems = [_arithmetic(hard, i) for i in range(first, first + (limit or 1000))]
+    else:
+        problems = _questions(data)[first:][:limit]
     done = _cut_half_line(out)
     if done % samples:
         raise ValueError(f"label sample: {out} holds {done} rows; expected a multiple of --samples {samples}.")
@@ -79,27 +79,19 @@ def label_sample(
         tqdm(total=len(problems), initial=done // samples, desc="sample", unit="problem", disable=None) as bar,
     ):
         for part in (rest[i : i + wave] for i in range(0, len(rest), wave)):
-            asked: Any = [make_problem(hard, "train", i) if builtin else i for i in part]
-            prompts = [f"{p.question}\n" if builtin else p["prompt"] for p in asked]
-            settings = [
-                Sampling(temperature=temperature, max_tokens=max_new_tokens, n=samples, seed=_seed(seed, prompt))
-                for prompt in prompts
-            ]
-            for problem, prompt, index, result in zip(
-                asked, prompts, part, engine.generate(prompts, settings, raise_on_error=True), strict=True
-            ):
+            ask: Any = dict(temperature=temperature, max_tokens=max_new_tokens, n=samples)
+            settings = [Sampling(**ask, seed=_seed(seed, problem["prompt"])) for problem in part]
+            results = engine.generate([problem["prompt"] for problem in part], settings, raise_on_error=True)
+            for problem, result in zip(part, results, strict=True):
                 for i, output in enumerate(result.outputs):
                     text = output.text or ""
                     steps = [text[a:b] for a, b in split_steps(text)]
-                    name = f"{index if builtin else problem['id']}:{i}"
-                    if builtin:
-                        row = arithmetic_row(problem, steps)
-                        row["truth"] = row.pop("labels")
-                    else:
-                        right = same_answer(final_answer(text), final_answer(problem["answer"]))
-                        row = {"prompt": prompt, "steps": steps, "answer": problem["answer"], "outcome": int(right)}
-                    row["outcome"] = int(bool(row["outcome"]) and output.finish_reason == "stop")
-                    file.write(dumps({"id": name, **row}) + "\n")
+                    right = same_answer(final_answer(text), final_answer(problem["answer"]))
+                    row = {"id": f"{problem['id']}:{i}", "prompt": problem["prompt"], "steps": steps}
+                    row |= {"answer": problem["answer"], "outcome": int(right and output.finish_reason == "stop")}
+                    if "plan" in problem:
+                        row["truth"] = [int(ok) for ok in check_lines(problem["plan"], steps)]
+                    file.write(dumps(row) + "\n")
             file.flush()
             bar.update(len(part))
     print(f"wrote {out}", file=sys.stderr)
@@ -231,6 +223,14 @@ def _questions(data: str) -> Sequence[Row]:
             raise ValueError(f"label sample: row {i} of {data} has columns {sorted(row)}; expected prompt and answer.")
         rows.append({"id": str(i), **row})
     return rows
+
+
+def _arithmetic(cfg: Any, index: int) -> Row:
+    """A problem of the embedded task, with the plan that its checker replays."""
+    from ..train.data.arithmetic import make_problem
+
+    problem = make_problem(cfg, "train", index)
+    return {"id": str(index), "prompt": f"{problem.question}\n", "answer": str(problem.answer), "plan": problem}
 
 
 def _seed(seed: int, prompt: str) -> int:

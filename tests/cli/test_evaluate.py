@@ -106,9 +106,34 @@ def test_eval_best_of_n_shows_curves_between_one_answer_and_the_truth(run, speak
         assert all(value <= most for value, most in zip(values, found["pass_at"], strict=True))
     written = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [len(row["scores"]) for row in written] == [4, 4]
+    assert set(found["auroc"]) == set(found["within_question_auroc"]) == set(found["best_of"])
     assert (tmp_path / "c.png").stat().st_size > 1000
     status, out, _ = run(*asked)
     assert (status, out.split()[:3]) == (0, ["k", "oracle", "majority"])
+
+
+def test_a_scorer_that_knows_hard_questions_and_no_answers_is_found_out(
+    run, rewarding, speaking, tmp_path, monkeypatch
+):
+    """Every answer to an easy question scores high, right or wrong; one to a hard question low."""
+    from jaxaroo.infer import evaluate, step_scores
+
+    answered = [
+        dict(prompt=f"q{i}", answer="7", texts=["ans 7", "ans 8", "ans 7"][:3], correct=right)
+        | dict(finish_reasons=["stop"] * 3, error=None)
+        for i, right in enumerate(([True, False, True], [False, True, False]))
+    ]
+    report = evaluate.AnswersReport(2, 3, 3, 0.5, 0.0, (0.0, 1.0), None, {}, 1.0, 0, 0, answered)
+    monkeypatch.setattr(evaluate, "evaluate_answers", lambda *a, **k: report)
+    monkeypatch.setattr(step_scores, "score_solutions", lambda *a, **k: [[0.9]] * 3 + [[0.2]] * 3)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "q", "answer": "7"}\n')
+    asked = ("eval", "best-of-n", "--policy", speaking, "--model", rewarding, "--data", tmp_path / "rows.jsonl")
+    found = json.loads(run(*asked, "--samples", 3, "--json")[1])
+    assert found["within_question_auroc"]["min"] == 0.5
+    assert (
+        found["auroc"]["min"] == (2 * 2 + 2 * 0.5 + 2 * 0.5) / 9
+    )  # wins of right and easy over wrong and hard, and ties
+    assert found["best_of"]["min"][-1] == found["random"] == 0.5
 
 
 @pytest.mark.parametrize(
