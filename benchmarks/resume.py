@@ -73,13 +73,12 @@ def stress(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
 def begin(*args: Any) -> subprocess.Popen:
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     command = [sys.executable, "-m", "jaxaroo.cli.main", "train", *map(str, args)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)  # a pipe that nobody reads would fill up
 
 
 def finish(child: subprocess.Popen) -> None:
-    output, _ = child.communicate(timeout=600)
-    if child.returncode:
-        sys.exit(f"a run ended with status {child.returncode}:\n{output}")
+    if status := child.wait(timeout=600):
+        sys.exit(f"a run ended with status {status}; what it said stands above")
 
 
 def kill_sometime(child: subprocess.Popen, out: Path, life: float, rng: random.Random) -> dict[str, Any] | None:
@@ -99,7 +98,7 @@ def kill_sometime(child: subprocess.Popen, out: Path, life: float, rng: random.R
     if child.poll() is not None:
         return None
     child.kill()
-    child.communicate()
+    child.wait()
     steps = [int(p.name) for p in (out / "checkpoints").glob("*") if p.name.isdecimal()]
     lines = len(logged.read_text().splitlines()) if logged.exists() else 0
     return {"saved": max(steps, default=0), "logged": lines, "saving": saving}

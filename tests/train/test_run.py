@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -49,16 +51,29 @@ def begin(*args, devices=1, **env):
     """A child process that trains, on so many devices."""
     env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **env}
     command = [sys.executable, "-m", "jaxaroo.cli.main", "train", *map(str, args)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # Not a pipe: nobody reads while children run, XLA says a lot, and a full pipe stops a child for good.
+    told = Path(tempfile.mkdtemp(prefix="jaxaroo-test-")) / "told"
+    with told.open("w") as file:
+        child = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
+    child.told = told
+    return child
 
 
 def finish(child, status=0):
     try:
-        output, _ = child.communicate(timeout=600)
+        child.wait(timeout=600)
     finally:
-        child.kill()
-    assert child.returncode == status, output
-    return output
+        end(child)
+    assert child.returncode == status, child.said
+    return child.said
+
+
+def end(child):
+    """Kill it, if it still runs, and keep what it said."""
+    child.kill()
+    child.wait()
+    child.said = child.told.read_text(encoding="utf-8", errors="replace")
+    shutil.rmtree(child.told.parent)
 
 
 def records(out):
@@ -118,10 +133,10 @@ def test_a_run_leaves_a_model_its_settings_metrics_and_a_curve(undisturbed):
 
 
 def wait_for(child, sight):
-    end = time.monotonic() + 600  # a loaded machine is slow, a hung child is hung
+    last = time.monotonic() + 600  # a loaded machine is slow, a hung child is hung
     while not sight():
-        assert time.monotonic() < end, "nothing to see"
-        assert child.poll() is None, child.communicate()[0]
+        assert time.monotonic() < last, "nothing to see"
+        assert child.poll() is None, child.told.read_text(errors="replace")
         time.sleep(0.0005)
 
 
@@ -142,8 +157,7 @@ def test_killed_three_times_it_ends_as_if_it_had_not_been(undisturbed, tmp_path)
     for sight in SIGHTS.values():
         child = begin(*command)
         wait_for(child, lambda sight=sight: sight(out))
-        child.kill()
-        child.communicate()
+        end(child)
         command = ("resume", out)
     assert steps_logged(out) < STEPS
     finish(begin(*command))
@@ -258,8 +272,7 @@ def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
     wait_for(child, lambda: steps_logged(out) >= 3)
     with pytest.raises(FileExistsError, match="another process is writing to"):
         run.resume(out)
-    child.kill()
-    child.communicate()
+    end(child)
 
 
 def jsonl(path, rows):
