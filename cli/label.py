@@ -1,6 +1,7 @@
 """`jaxaroo label ...`: solutions to learn from, and how good their steps are."""
 
 import contextlib
+import hashlib
 import json as jsonlib
 import os
 import sys
@@ -135,26 +136,31 @@ def label_steps(
       dtype: of weights and activations; float32 on CPU and bfloat16 elsewhere when not given.
       max_seqs: completions written at the same time.
     """
-    rows = _rows(data)
+    needed = {"monte-carlo": "answer", "truth": "truth", "outcome": "outcome"}[by]
+    rows = [row for row in _rows(data) if row["steps"]]
+    if (missing := next((i for i, row in enumerate(rows) if needed not in row), None)) is not None:
+        raise UsageError(f"label steps: row {missing} of {data} has no `{needed}`, which --by {by} goes by.")
     if by == "monte-carlo":
         if model is None:
             raise UsageError("label steps: expected --model, the folder of a completer, or another --by.")
         from ..train.labels.monte_carlo import MonteCarloConfig, label
 
-        usable = [row for row in rows if row.get("steps")]
-        cfg = MonteCarloConfig(n=n, threshold=threshold, early_stop=early_stop, joiner=joiner, seed=seed)
+        cfg = MonteCarloConfig(
+            n=n,
+            threshold=threshold,
+            early_stop=early_stop,
+            joiner=joiner,
+            seed=seed,
+            completer=f"{_mark(model)}, temperature {temperature:g}, {max_new_tokens} tokens",
+        )
         with _completer(model, temperature, max_new_tokens, dtype, max_seqs) as (sample, check):
-            labelled = label(usable, sample, check, job or out.with_suffix(".job.jsonl"), cfg, progress=True)
+            labelled = label(rows, sample, check, job or out.with_suffix(".job.jsonl"), cfg, progress=True)
     elif by == "truth":
-        if missing := next((i for i, row in enumerate(rows) if "truth" not in row), None) is not None:
-            raise UsageError(
-                f"label steps: row {missing} of {data} has no `truth`; expected rows of the embedded task."
-            )
-        labelled = [{**row, "labels": row["truth"]} for row in rows if row["steps"]]
+        labelled = [{**row, "labels": row["truth"]} for row in rows]
     else:
         from ..train.labels.truth import outcome_row
 
-        labelled = [outcome_row(row, bool(row["outcome"])) for row in rows if row["steps"]]
+        labelled = [outcome_row(row, bool(row["outcome"])) for row in rows]
     _write(out, labelled)
     flat = [x for row in labelled for x in row["labels"] if x is not None]
     share = f", {sum(flat) / len(flat):.1%} of {len(flat)} labels right" if flat else ""
@@ -233,9 +239,19 @@ def _arithmetic(cfg: Any, index: int) -> Row:
     return {"id": str(index), "prompt": f"{problem.question}\n", "answer": str(problem.answer), "plan": problem}
 
 
-def _seed(seed: int, prompt: str) -> int:
-    import hashlib
+def _mark(model: Path) -> str:
+    """By which to know a completer again: sizes of its weights, and bytes from both ends of each file."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(model.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(file.read(2**16))
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 2**16))
+            digest.update(file.read() + str(size).encode())
+    return digest.hexdigest()
 
+
+def _seed(seed: int, prompt: str) -> int:
     return int.from_bytes(hashlib.blake2b(jsonlib.dumps([seed, prompt]).encode(), digest_size=4).digest(), "big")
 
 

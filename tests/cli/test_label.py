@@ -81,6 +81,8 @@ def test_steps_are_labelled_by_completions_truth_or_outcome_and_files_can_agree(
     job = (tmp_path / "mc.job.jsonl").read_bytes()
     assert run(*base, tmp_path / "mc.jsonl", *drawn)[0] == 0
     assert (tmp_path / "mc.job.jsonl").read_bytes() == job  # nothing was asked twice
+    status, _, err = run(*base, tmp_path / "mc.jsonl", *drawn, "--temperature", 0.5)
+    assert (status, "Set the same, or name another file" in err) == (1, True)
 
     files = ("--weak", tmp_path / "mc.jsonl", "--strong", tmp_path / "truth.jsonl", "--out", tmp_path / "kept.jsonl")
     status, out, _ = run("label", "agree", *files, "--keep", "step", "--json")
@@ -98,7 +100,8 @@ def test_steps_are_labelled_by_completions_truth_or_outcome_and_files_can_agree(
         ("label sample --model {policy} --data builtin:arithmetic --out {tmp}/odd.jsonl", 1, "a multiple of"),
         ("label steps --data {tmp}/odd.jsonl --out {tmp}/o", 2, "the folder of a completer"),
         ("label steps --data {tmp}/bad.jsonl --out {tmp}/o --by truth", 1, "bad.jsonl:1"),
-        ("label steps --data {tmp}/odd.jsonl --out {tmp}/o --by truth", 2, "has no `truth`"),
+        ("label steps --data {tmp}/odd.jsonl --out {tmp}/o --by truth", 2, "row 0 of"),
+        ("label steps --data {tmp}/odd.jsonl --out {tmp}/o --by outcome", 2, "has no `outcome`"),
         ("label steps --data {tmp}/odd.jsonl --out {tmp}/o --by guess", 2, "guess"),
         ("label agree --weak {tmp}/odd.jsonl --strong {tmp}/none.jsonl --out {tmp}/o", 1, "none.jsonl"),
     ],

@@ -43,6 +43,7 @@ class MonteCarloConfig:
     joiner: str = "\n"  # behind every step
     batch: int = 64  # steps in one call of `sample`
     seed: int = 0
+    completer: str = ""  # what draws, by a name of the caller's: another one does not go on with this one's file
 
     def __post_init__(self):
         if min(self.n, self.batch) < 1:
@@ -182,7 +183,7 @@ def _digest(problem: Problem, step: int) -> str:
 
 def _header(cfg: MonteCarloConfig) -> Row:
     """The settings that a row depends on; others may change between calls."""
-    return {name: getattr(cfg, name) for name in ("n", "seed", "last_step", "joiner")}
+    return {name: getattr(cfg, name) for name in ("n", "seed", "last_step", "joiner", "completer")}
 
 
 def _check_problems(problems: Sequence[Problem], render: Callable | None) -> None:

@@ -90,7 +90,7 @@ def test_an_answer_that_ends_stays_as_it_was_judged():
         judged.extend(p for _, p in grown)
         return [float(-len(p.pieces)) + (10.0 if p.ended else 0.0) for _, p in grown]
 
-    ends = Sampling(**{**vars(PIECE), "logit_bias": LETTERS | {TOKENIZER.eos_ids[0]: 100.0}})
+    ends = Sampling(**{**vars(PIECE), "logit_bias": LETTERS | {TOKENIZER.eos_ids[0]: 98.0}})
     [beam] = search(engine(), ["x"], ends, judge, beams=3, expand=8, rounds=3)
     finished = [p for p in beam if p.ended]
     assert finished

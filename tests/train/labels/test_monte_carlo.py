@@ -122,7 +122,7 @@ def test_the_file_is_what_a_plain_loop_writes(tmp_path, early_stop, threshold, l
     counted = Counted()
     rows = label(JOB, counted, check, tmp_path / "job.jsonl", cfg)
     header, *written = map(json.loads, (tmp_path / "job.jsonl").read_text().splitlines())
-    assert header == {"job": {"n": 3, "seed": 7, "last_step": last_step, "joiner": "\n"}}
+    assert header == {"job": {"n": 3, "seed": 7, "last_step": last_step, "joiner": "\n", "completer": ""}}
     wanted = oracle(JOB, cfg)
     assert [(row["problem"], row["step"], row["n"], row["right"]) for row in written] == wanted
     assert len(counted.asked) == sum(n == 3 for *_, n, _ in wanted)
