@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .output import FloatType, UsageError, dumps
+from .output import FloatType, UsageError, cut_half_line, dumps
 
 Row = dict[str, Any]
 
@@ -60,6 +60,7 @@ def label_sample(
     from ..models.tokenizer import load_tokenizer
     from ..train.data.arithmetic import ArithmeticConfig, check_lines
     from ..train.data.steps import split_steps
+    from ..train.labels.monte_carlo import step_seed
 
     if samples < 1 or (samples > 1 and temperature == 0):
         raise UsageError(
@@ -70,7 +71,7 @@ def label_sample(
         problems = [_arithmetic(hard, i) for i in range(first, first + (limit or 1000))]
     else:
         problems = _questions(data)[first:][:limit]
-    done = _cut_half_line(out)
+    done = cut_half_line(out)
     if done % samples:
         raise ValueError(f"label sample: {out} holds {done} rows; expected a multiple of --samples {samples}.")
     rest, wave = problems[done // samples :], max(1, 16 * max_seqs // samples)
@@ -81,7 +82,7 @@ def label_sample(
     ):
         for part in (rest[i : i + wave] for i in range(0, len(rest), wave)):
             ask: Any = dict(temperature=temperature, max_tokens=max_new_tokens, n=samples)
-            settings = [Sampling(**ask, seed=_seed(seed, problem["prompt"])) for problem in part]
+            settings = [Sampling(**ask, seed=step_seed(seed, problem["id"], 0)) for problem in part]
             results = engine.generate([problem["prompt"] for problem in part], settings, raise_on_error=True)
             for problem, result in zip(part, results, strict=True):
                 for i, output in enumerate(result.outputs):
@@ -251,10 +252,6 @@ def _mark(model: Path) -> str:
     return digest.hexdigest()
 
 
-def _seed(seed: int, prompt: str) -> int:
-    return int.from_bytes(hashlib.blake2b(jsonlib.dumps([seed, prompt]).encode(), digest_size=4).digest(), "big")
-
-
 def _rows(path: Path) -> list[Row]:
     """Rows of a JSONL file as they are, columns of all kinds kept."""
     rows = []
@@ -277,11 +274,3 @@ def _write(path: Path, rows: Iterable[Row]) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _cut_half_line(path: Path) -> int:
-    """Whole lines of a file, behind which nothing stands any more; a killed process may have left half a line."""
-    whole = path.read_bytes() if path.exists() else b""
-    whole = whole[: whole.rfind(b"\n") + 1]
-    path.write_bytes(whole)
-    return whole.count(b"\n")

@@ -1,7 +1,8 @@
-"""What commands share: the error of a misused one, the types of their options, JSON on standard output."""
+"""What commands share: the error of a misused one, the types of their options, JSON, files that are gone on with."""
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any, Literal
 
 FloatType = Literal["float32", "bfloat16", "float16"]
@@ -20,3 +21,11 @@ def dumps(value: Any) -> str:
         raise TypeError(f"{type(x).__name__} is not JSON")
 
     return json.dumps(value, ensure_ascii=False, default=plain)
+
+
+def cut_half_line(path: Path) -> int:
+    """Whole lines of a file, behind which nothing stands any more; a killed process may have left half a line."""
+    whole = path.read_bytes() if path.exists() else b""
+    whole = whole[: whole.rfind(b"\n") + 1]
+    path.write_bytes(whole)
+    return whole.count(b"\n")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from .output import UsageError
+from .output import UsageError, cut_half_line
 
 SUMMARIES = {
     "sft": "Fine-tune a model on prompts and completions.",
@@ -199,10 +199,7 @@ def _regenerate(settings: Any, path: Path, batch: int = 64) -> None:
     from ..models.tokenizer import load_tokenizer
 
     rows = list(_prompts(settings))
-    whole = path.read_bytes() if path.exists() else b""
-    whole = whole[: whole.rfind(b"\n") + 1]  # a killed process may have left half a line
-    path.write_bytes(whole)
-    done = whole.count(b"\n")
+    done = cut_half_line(path)
     sampling = Sampling(temperature=1.0, max_tokens=min(512, settings.batch.max_length // 2))
     tokenizer = load_tokenizer(Path(settings.tokenizer or settings.model))
     with (

@@ -158,13 +158,8 @@ def decode(
 
     def step(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
         i, state = carry
-        position = state.cache.length[:, None]
-        token = jnp.take_along_axis(state.tokens, position, axis=1, mode="clip")
-        out = forward(cfg, params, token, position, cache=state.cache)
-        assert out.cache is not None
-        length = state.cache.length + (state.status == RUNNING).astype(jnp.int32)
-        state = state._replace(cache=out.cache._replace(length=length))
-        return i + 1, emit(cfg, params, state, rows, out.hidden, mode)
+        state, hidden = read_last(cfg, params, state)
+        return i + 1, emit(cfg, params, state, rows, hidden, mode)
 
     return jax.lax.while_loop(running, step, (jnp.int32(0), state._replace(status=status)))[1]
 
@@ -246,6 +241,16 @@ def record(
             in_answer=state.counts.in_answer.at[row, jnp.where(live, token, V)].add(1, mode="drop")
         ),
     )
+
+
+def read_last(cfg: DecoderConfig, params: Params, state: DecodeState) -> tuple[DecodeState, Float[Array, "B 1 D"]]:
+    """Read the token that was written last, and commit its row to the cache where the row runs."""
+    position = state.cache.length[:, None]
+    token = jnp.take_along_axis(state.tokens, position, axis=1, mode="clip")
+    out = forward(cfg, params, token, position, cache=state.cache)
+    assert out.cache is not None
+    length = state.cache.length + (state.status == RUNNING).astype(jnp.int32)
+    return state._replace(cache=out.cache._replace(length=length)), out.hidden
 
 
 def emit(

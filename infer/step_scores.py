@@ -96,8 +96,8 @@ def score_solutions(
     spread = lambda x: x if mesh is None else jax.device_put(x, NamedSharding(mesh, rules.spec("batch", None)))
     with tqdm(total=len(order), desc="score", unit="solution", disable=None if progress else True) as bar:
         for part in (order[i : i + batch] for i in range(0, len(order), batch)):
-            length = _bucket(len(rendered[part[0]][0]), SHORTEST)
-            steps = _bucket(max(len(rendered[i][1]) for i in part), 4)
+            length = max(SHORTEST, 1 << (len(rendered[part[0]][0]) - 1).bit_length())
+            steps = 1 << (max(len(rendered[i][1]) for i in part) - 1).bit_length()
             tokens, ends = np.zeros((batch, length), np.int32), np.zeros((batch, steps), np.int32)
             for row, i in enumerate(part):
                 for array, values in zip((tokens, ends), rendered[i], strict=True):
@@ -107,9 +107,3 @@ def score_solutions(
                 scores[i] = found[row, : len(rendered[i][1])].tolist()
             bar.update(len(part))
     return scores
-
-
-# ----------------------------------------------------------------------------------------------------------- private
-def _bucket(n: int, least: int) -> int:
-    """The smallest doubling of `least` that holds n."""
-    return least if n <= least else least << (-(-n // least) - 1).bit_length()

@@ -127,15 +127,16 @@ def acceptance_logits(params: Params, hidden: Float[Array, "... D"]) -> Float[Ar
     x = hidden.astype(jnp.float32)
     blocks = params["blocks"]
     for i in range(blocks["weight"].shape[0]):
-        x = x + jax.nn.silu(_linear(jax.tree.map(lambda w, i=i: w[i], blocks), x))
-    return _linear(params["head"], x)
+        x = x + jax.nn.silu(linear(jax.tree.map(lambda w, i=i: w[i], blocks), x))
+    return linear(params["head"], x)
+
+
+def linear(layer: Params, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
+    """W x + b in float32, of `{"weight": [E, D], "bias": [E]}`."""
+    y = jnp.einsum("...d,ed->...e", x, layer["weight"].astype(jnp.float32), preferred_element_type=jnp.float32)
+    return y + layer["bias"].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 # ----------------------------------------------------------------------------------------------------------- private
 def _module(cfg: HeadConfig, rngs: nnx.Rngs) -> nnx.Module:
     return Judge(cfg, rngs=rngs) if isinstance(cfg, JudgeConfig) else Acceptance(cfg, rngs=rngs)
-
-
-def _linear(layer: Params, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
-    y = jnp.einsum("...d,ed->...e", x, layer["weight"].astype(jnp.float32), preferred_element_type=jnp.float32)
-    return y + layer["bias"].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))

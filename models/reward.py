@@ -31,6 +31,7 @@ from jaxtyping import Array, Float
 from . import checkpoint, hf
 from .checkpoint import rebuild_config
 from .decoder import DecoderConfig, Model, Params, constant, weight
+from .heads import linear
 from .safetensors import CheckpointError, read_index, read_tensor, swap_in
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -171,8 +172,8 @@ def step_logits(cfg: RewardConfig, params: Params, hidden: Float[Array, "*B D"])
         return h @ (good - bad)
     head = params["head"]
     if cfg.inner is not None:
-        h = jax.nn.relu(_linear(head["first"], h))
-    z = _linear(head["last"], h)
+        h = jax.nn.relu(linear(head["first"], h))
+    z = linear(head["last"], h)
     return z[..., 0] if cfg.outputs == 1 else z[..., 1] - z[..., 0]
 
 
@@ -253,8 +254,8 @@ def load(
     folder = Path(folder)
     if (folder / FOLDER).is_dir():
         decoder = hf.load(folder, dtype=dtype, stacked=stacked)
-        cfg, head = checkpoint.load_for(folder / FOLDER, decoder.config, config_of, head_shapes)
-        return RewardModel(cfg, {"model": decoder.params, "head": jax.tree.map(lambda w: w.astype(jnp.float32), head)})
+        cfg = read_config(folder, decoder.config)
+        return RewardModel(cfg, {"model": decoder.params, "head": read_head(folder, cfg)})
     return _load_published(folder, dtype, stacked, separator or _PUBLISHED_SEPARATOR)
 
 
@@ -283,8 +284,3 @@ def _load_published(folder: Path, dtype: hf.DType | None, stacked: bool, separat
     if shapes(head) != (wanted := shapes(head_shapes(cfg))):
         raise CheckpointError(f"{folder}: a head of shapes {shapes(head)}; expected {wanted}.")
     return RewardModel(cfg, {"model": decoder.params, "head": head})
-
-
-def _linear(layer: Params, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
-    y = jnp.einsum("...d,ed->...e", x, layer["weight"].astype(jnp.float32), preferred_element_type=jnp.float32)
-    return y + layer["bias"].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))

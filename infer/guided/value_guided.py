@@ -31,7 +31,18 @@ from jaxtyping import Array, Bool, Float, Int
 from ...models.cache import KVCache
 from ...models.decoder import DecoderConfig, Params, forward, lm_head
 from ...models.reward import RewardConfig, RewardModel, step_logits
-from ..decode import RUNNING, STOPPED, DecodeState, LogprobsMode, Rows, begin, finite_or_zero, read_prompt, record
+from ..decode import (
+    RUNNING,
+    STOPPED,
+    DecodeState,
+    LogprobsMode,
+    Rows,
+    begin,
+    finite_or_zero,
+    read_last,
+    read_prompt,
+    record,
+)
 from ..sampling import SamplingArrays, choose, warp
 from ..speculative.tree import DraftTree, slot_positions, tree_mask
 
@@ -171,13 +182,8 @@ def decode(
 
     def step(carry: tuple[jax.Array, GuidedState]) -> tuple[jax.Array, GuidedState]:
         i, (at, read) = carry
-        position = at.cache.length[:, None]
-        token = jnp.take_along_axis(at.tokens, position, axis=1, mode="clip")
-        out = forward(cfg, params, token, position, cache=at.cache)
-        assert out.cache is not None
-        length = at.cache.length + (at.status == RUNNING).astype(jnp.int32)
-        at = at._replace(cache=out.cache._replace(length=length))
-        return i + 1, _emit(cfg, params, guide, guiding, GuidedState(at, read), rows, out.hidden, mode)
+        at, hidden = read_last(cfg, params, at)
+        return i + 1, _emit(cfg, params, guide, guiding, GuidedState(at, read), rows, hidden, mode)
 
     return jax.lax.while_loop(running, step, (jnp.int32(0), state._replace(rows=base)))[1]
 

@@ -109,5 +109,9 @@ def test_what_cannot_be_scored_is_named():
         score_solutions(model(), TOKENIZER, SOLUTIONS, batch=0)
 
 
-def test_lengths_come_in_few_sizes():
-    assert [step_scores._bucket(n, 32) for n in (1, 32, 33, 64, 65, 200)] == [32, 32, 64, 64, 128, 256]
+def test_lengths_and_numbers_of_steps_come_in_few_sizes(monkeypatch):
+    seen = set()
+    monkeypatch.setattr(step_scores, "score", lambda cfg, p, t, e, r: seen.add((t.shape, e.shape)) or np.zeros(e.shape))
+    for n in range(1, 10):
+        score_solutions(model(), TOKENIZER, [Solution("q", ["abcdefg"] * n)], batch=1)
+    assert seen == {((1, t), (1, s)) for t, s in ((32, 1), (32, 2), (32, 4), (64, 4), (64, 8), (128, 8), (128, 16))}
