@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from ..models.decoder import Params, forward
-from ..models.reward import RewardConfig, RewardModel, render_steps, step_logits
+from ..models.reward import RewardConfig, RewardModel, render_steps, step_logits, surprisals
 from ..models.tokenizer import Tokenizer
 from ..sharding.rules import REPLICATED, Rules
 
@@ -49,8 +49,9 @@ def score(
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     hidden = forward(cfg.target, params["model"], tokens, positions, rules=rules).hidden
-    at_ends = jnp.take_along_axis(hidden, ends[..., None], axis=1, mode="clip")
-    return jax.nn.sigmoid(step_logits(cfg, params, at_ends))
+    at_ends = lambda x: jnp.take_along_axis(x, ends[..., None], axis=1, mode="clip")
+    surprise = at_ends(surprisals(cfg, params, hidden, tokens, positions)) if cfg.surprisal else None
+    return jax.nn.sigmoid(step_logits(cfg, params, at_ends(hidden), surprise))
 
 
 def score_solutions(

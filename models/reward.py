@@ -7,8 +7,13 @@ token_pair  z = head[good] . h - head[bad] . h: the logits that the LM head give
 value       z = u . r(h) + c, or the difference of two such outputs, the second for "good"; r is nothing, or
             ReLU(W h + b) (Qwen2.5-Math-PRM, 2501.07301, has ReLU and two outputs).
 
-h is the last hidden state, behind the final norm. Attention is causal, so one forward pass over a whole solution gives
-the scores of all its steps, each what scoring the prefix alone would give.
+h is the last hidden state, behind the final norm. With `surprisal` the value head reads [h, log(1 + S), log(1 + M)]
+instead, S and M the sum and the maximum of -log p over the tokens since the last separator, p the decoder's own
+probability of each. What a decoder would have written comes out of its last layer, so no layer is left that could hold
+it against what stands there; a small head can, and training it leaves the decoder as it is (ours).
+
+Attention is causal, so one forward pass over a whole solution gives the scores of all its steps, each what scoring the
+prefix alone would give.
 
 A folder is that of the decoder, in Hugging Face's form, with `reward/` inside: `config.json` and `model.safetensors` of
 `checkpoint.py`. Published models of the Qwen2.5-Math-PRM kind are read as they are. Weights are [out, in].
@@ -26,8 +31,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from ..jaxlib_ext.token_stats import token_stats
 from . import checkpoint, hf
 from .checkpoint import rebuild_config
 from .decoder import DecoderConfig, Model, Params, constant, weight
@@ -54,6 +60,7 @@ class RewardConfig:
     outputs: int = 1  # 1, or 2 for the classes bad and good
     start: str = ""  # text before the first step
     between: str = ""  # text before every other one
+    surprisal: bool = False  # the value head also reads how unlikely the decoder finds the step's tokens
 
     def __post_init__(self):
         pair, V = (self.good, self.bad), self.target.vocab_size
@@ -65,13 +72,15 @@ class RewardConfig:
         wrong = [i for i in (self.separator, *pair) if i is not None and not 0 <= i < V]
         if wrong or (self.kind == "token_pair" and self.good == self.bad):
             raise ValueError(f"RewardConfig: token ids {wrong or pair}; expected different ones below {V}.")
+        if self.surprisal and self.kind != "value":
+            raise ValueError(f"RewardConfig: surprisal with kind={self.kind!r}; expected value, whose head reads it.")
         if self.outputs not in (1, 2) or (self.inner is not None and self.inner < 1):
             raise ValueError(f"RewardConfig: inner={self.inner}, outputs={self.outputs}; expected a width, and 1 or 2.")
 
     @property
     def text(self) -> "StepText":
         """What stands around steps."""
-        return StepText(self.separator, self.start, self.between)
+        return StepText(self.separator, self.start, self.between, self.surprisal)
 
 
 class RewardModel(NamedTuple):
@@ -87,6 +96,7 @@ class StepText(NamedTuple):
     separator: int  # token id behind each step
     start: str = ""  # before the first step
     between: str = ""  # before every other one
+    opens: bool = False  # a separator stands before the first step too, put in unless the prompt ends with one
 
 
 # --------------------------------------------------------------------------------------------------------------- text
@@ -99,6 +109,8 @@ def render_steps(
     encoded without control tokens: whatever a step spells, scores are read where separators were put in.
     """
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+    if text.opens and ids[-1:] != [text.separator]:
+        ids = [*ids, text.separator]
     ends = []
     for i, step in enumerate(steps):
         ids += [*tokenizer.encode((text.between if i else text.start) + step, bos=False), text.separator]
@@ -136,7 +148,7 @@ class ValueHead(nnx.Module):
     """One linear layer, or two with ReLU in between."""
 
     def __init__(self, cfg: RewardConfig, *, rngs: nnx.Rngs):
-        width = cfg.target.embed_dim
+        width = cfg.target.embed_dim + 2 * cfg.surprisal
         if cfg.inner is not None:
             self.first, width = Linear(cfg.inner, width, rngs=rngs), cfg.inner
         self.last = Linear(cfg.outputs, width, rngs=rngs)
@@ -162,9 +174,52 @@ def head_axes(cfg: RewardConfig) -> Params:
     return nnx.traversals.unflatten_mapping({p: v.get_metadata()["axes"] for p, v in nnx.to_flat_state(state)})
 
 
-def step_logits(cfg: RewardConfig, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
-    """z of last hidden states, in float32; `sigmoid(z)` is the score."""
+def surprisals(
+    cfg: RewardConfig,
+    params: Params,
+    hidden: Float[Array, "B T D"],
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+) -> Float[Array, "B T 2"]:
+    """log(1 + S) and log(1 + M) at every token, in float32, of the tokens since the last separator, itself included.
+
+    A token at position 0 begins a text, and it and separators surprise nobody. Nothing of size [T, V] is held.
+    """
+    (B, T), model = tokens.shape, params["model"]
+    table = model["embed"] if cfg.target.tie_embeddings else model["head"]
+    before = hidden[:, :-1].reshape(B * (T - 1), -1)
+    logp = token_stats(before, table.astype(hidden.dtype), tokens[:, 1:].reshape(-1)).logp.reshape(B, T - 1)
+    known = (positions > 0) & (tokens != cfg.separator)
+    nll = jnp.where(known, jnp.pad(-logp, ((0, 0), (1, 0))), 0.0)
+    opens = jnp.pad(tokens[:, :-1] == cfg.separator, ((0, 0), (1, 0))) | (positions == 0)
+
+    def join(a, b):  # sums and maxima of two stretches; one that begins anew forgets what was before
+        keep = lambda new, old: jnp.where(b[0], b[new], old)
+        return a[0] | b[0], keep(1, a[1] + b[1]), keep(2, jnp.maximum(a[2], b[2]))
+
+    _, total, most = jax.lax.associative_scan(join, (opens, nll, nll), axis=1)
+    return jnp.log1p(jnp.stack([total, most], axis=-1))
+
+
+def step_logits(
+    cfg: RewardConfig, params: Params, hidden: Float[Array, "*B D"], surprise: Float[Array, "*B 2"] | None = None
+) -> Float[Array, "*B"]:
+    """z of last hidden states, in float32; `sigmoid(z)` is the score.
+
+    Args:
+      cfg: of the reward model.
+      params: its parameters.
+      hidden: states behind the final norm.
+      surprise: what `surprisals` says at the same tokens, of models that read it.
+    """
     h = hidden.astype(jnp.float32)
+    if (surprise is not None) != cfg.surprisal:
+        raise ValueError(
+            f"step_logits: surprisal={cfg.surprisal}, and surprise is {'not ' * (surprise is not None)}None; expected "
+            "what `surprisals` says for models that read it, and for no others."
+        )
+    if surprise is not None:
+        h = jnp.concatenate([h, surprise], axis=-1)
     if cfg.kind == "token_pair":
         model = params["model"]
         table = model["embed"] if cfg.target.tie_embeddings else model["head"]

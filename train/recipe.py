@@ -118,6 +118,9 @@ class RewardOptions:
       bad: the other.
       start: text before the first step.
       between: text before every other one.
+      surprisal: let the value head read how unlikely the decoder itself finds each step. The separator had better be a
+        token that the decoder would write there, such as the newline.
+      train: the decoder and the head, or the head alone, which is fast and keeps what the decoder knows.
       negative_weight: what a wrong step counts beside a right one.
       negative_share: weigh solutions that hold a wrong step until they are this share of all; 0 leaves them as they
         are, 0.5 is one to one.
@@ -131,6 +134,8 @@ class RewardOptions:
     bad: str = "<|bad|>"
     start: str = ""
     between: str = "\n"
+    surprisal: bool = False
+    train: Literal["all", "head"] = "all"
     negative_weight: float = 1.0
     negative_share: float = 0.0
     labels: StepsConfig = StepsConfig()
@@ -138,6 +143,8 @@ class RewardOptions:
     def __post_init__(self):
         if not 0 <= self.negative_share < 1:
             raise ValueError(f"train: negative_share={self.negative_share}; expected 0, or a share below 1.")
+        if self.train == "head" and self.head == "token-pair":
+            raise ValueError("train: train='head' with head='token-pair'; expected a value head, for a pair has none.")
 
 
 # -------------------------------------------------------------------------------------------------- what a run trains
@@ -372,6 +379,7 @@ def reward_config(origin: Origin, options: RewardOptions) -> RewardConfig:
         inner=options.inner,
         start=options.start,
         between=options.between,
+        surprisal=options.surprisal,
         **pair,
     )
     if origin.like is not None and reward.is_reward_model(origin.like):
@@ -386,23 +394,31 @@ def reward_config(origin: Origin, options: RewardOptions) -> RewardConfig:
 
 
 def _reward(origin: Origin, options: RewardOptions, lora: LoraConfig | None) -> Trainable:
-    """The whole decoder, and the value head: that of the reward model it begins with, or a fresh one."""
+    """The whole decoder or none of it, and the value head: that of the reward model it begins with, or a fresh one."""
     if lora is not None:
         raise ValueError("train: adapters='lora' for a reward model; expected 'none': all of it is trained.")
     cfg = reward_config(origin, options)
     known = origin.like is not None and reward.is_reward_model(origin.like)
 
-    def init(base: Params, key: jax.Array) -> Params:
-        head = reward.read_head(origin.like, cfg) if known and origin.like else reward.init_head(cfg, key)
-        return {"model": base, "head": head}
+    def head(key: jax.Array) -> Params:
+        return reward.read_head(origin.like, cfg) if known and origin.like else reward.init_head(cfg, key)
 
     def write(folder: Path, params: Params) -> None:
         model = RewardModel(cfg, params)
         reward.save(folder, model, like=origin.like, tokenizer=origin.tokenizer, overwrite=True)
 
+    if options.train == "head":
+        join = lambda params, frozen: {"model": frozen, "head": params}
+        return Trainable(lambda base, key: head(key), reward.head_axes(cfg), True, join, join, write)
     alone = lambda params, frozen: params
     axes = {"model": param_axes(origin.config), "head": reward.head_axes(cfg)}
-    return Trainable(init, axes, False, alone, alone, write)
+    return Trainable(lambda base, key: {"model": base, "head": head(key)}, axes, False, alone, alone, write)
+
+
+def _value(origin: Origin, options: RewardOptions, lora: LoraConfig | None) -> Trainable:
+    if options.surprisal:
+        raise ValueError("train value: found --surprisal; expected none: it is of steps, and a value is of tokens.")
+    return _reward(origin, options, lora)
 
 
 def _reward_loss(origin: Origin, options: RewardOptions, *, rules: Rules, remat: Remat) -> LossFn:
@@ -488,5 +504,5 @@ RECIPES = {
         "steps", _steps_encoder, RewardOptions, {}, _reward, _reward_loss, labelled.count_units, weigh=_weigh_negatives
     ),
     "orm": Recipe("steps", _outcome_encoder, RewardOptions, {}, _reward, _reward_loss, labelled.count_units),
-    "value": Recipe("unpaired", _LABELLED, RewardOptions, {}, _reward, _value_loss, labelled.count_units),
+    "value": Recipe("unpaired", _LABELLED, RewardOptions, {}, _value, _value_loss, labelled.count_units),
 }

@@ -245,6 +245,11 @@ def _weigh(setting: Any, found: Candidates) -> tuple[Array, Array]:
 
 
 def _guidance(name: str, model: RewardModel, width: int, separated: bool, how, setting: Any) -> Guidance:
+    if model.config.surprisal:
+        raise ValueError(
+            f"{name}: the reward model reads the surprisal of steps; expected one that does not, to judge tokens. "
+            "Search by steps with it (`step_beam`), or train one without --surprisal."
+        )
     if width < 1:
         raise ValueError(f"{name}: width={width}; expected 1 candidate or more.")
     return Guidance(Guide(name, model.config, width, separated, how), {"reward": model.params, "setting": setting})

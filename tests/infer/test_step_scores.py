@@ -1,5 +1,6 @@
 """All steps in one pass are what each prefix alone would get; neighbours, padding and devices change nothing."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from jaxaroo.infer import step_scores
 from jaxaroo.infer.step_scores import Solution, score, score_solutions
 from jaxaroo.models.decoder import DecoderConfig, forward, init_params, param_axes, unstack_layers
-from jaxaroo.models.reward import RewardConfig, RewardModel, init_head, one_token, render_steps, step_logits
+from jaxaroo.models.reward import RewardConfig, RewardModel, init_head, one_token, render_steps, step_logits, surprisals
 from jaxaroo.models.tokenizer import byte_tokenizer
 from jaxaroo.sharding.mesh import MeshConfig, make_mesh
 from jaxaroo.sharding.rules import FSDP_TP_SEQ
@@ -35,39 +36,46 @@ SOLUTIONS = [
 ]
 
 
+SURPRISED = dataclasses.replace(REWARD, surprisal=True)
+
+
 @functools.cache
-def model():
-    head = jax.tree.map(lambda w: 3 * w + 0.1, init_head(REWARD, jax.random.key(1)))
-    return RewardModel(REWARD, {"model": init_params(CFG, jax.random.key(0)), "head": head})
+def model(cfg=REWARD):
+    scale = 0.3 if cfg.surprisal else 3.0  # surprisal is large in a model that knows nothing
+    head = jax.tree.map(lambda w: scale * w + 0.1, init_head(cfg, jax.random.key(1)))
+    return RewardModel(cfg, {"model": init_params(CFG, jax.random.key(0)), "head": head})
 
 
-@jax.jit
-def read(tokens):
-    at = np.arange(128, dtype=np.int32)[None]
-    return step_logits(REWARD, model().params, forward(CFG, model().params["model"], tokens, at).hidden)[0]
+@functools.partial(jax.jit, static_argnames="cfg")
+def read(cfg, tokens):
+    at, params = np.arange(128, dtype=np.int32)[None], model(cfg).params
+    hidden = forward(CFG, params["model"], tokens, at).hidden
+    surprise = surprisals(cfg, params, hidden, tokens, at) if cfg.surprisal else None
+    return step_logits(cfg, params, hidden, surprise)[0]
 
 
-def alone(solution):
+def alone(cfg, solution):
     """Score i from the prefix that ends at step i, at its last token, and nothing behind it."""
     scores = []
     for n in range(1, len(solution.steps) + 1):
-        ids, _ = render_steps(TOKENIZER, solution.prompt, solution.steps[:n], REWARD.text)
+        ids, _ = render_steps(TOKENIZER, solution.prompt, solution.steps[:n], cfg.text)
         tokens = np.zeros((1, 128), np.int32)  # one shape for all; nothing behind the end is seen
         tokens[0, : len(ids)] = ids
-        scores.append(1 / (1 + np.exp(-float(read(tokens)[len(ids) - 1]))))
+        scores.append(1 / (1 + np.exp(-float(read(cfg, tokens)[len(ids) - 1]))))
     return scores
 
 
 @functools.cache
-def together():
-    return score_solutions(model(), TOKENIZER, SOLUTIONS, batch=3)
+def together(cfg=REWARD):
+    return score_solutions(model(cfg), TOKENIZER, SOLUTIONS, batch=3)
 
 
-def test_one_pass_is_the_scoring_of_every_prefix():
-    got = together()
+@pytest.mark.parametrize("cfg", [REWARD, SURPRISED], ids=["state", "surprisal"])
+def test_one_pass_is_the_scoring_of_every_prefix(cfg):
+    got = together(cfg)
     assert [len(s) for s in got] == [2, 1, 0, 9, 3]
     for solution, scores in zip(SOLUTIONS, got, strict=True):
-        np.testing.assert_allclose(scores, alone(solution), atol=1e-5)
+        np.testing.assert_allclose(scores, alone(cfg, solution), atol=1e-5)
     assert np.std([s for scores in got for s in scores]) > 0.01  # and they say something
 
 

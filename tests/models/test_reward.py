@@ -24,6 +24,7 @@ from jaxaroo.models.reward import (
     render_steps,
     save,
     step_logits,
+    surprisals,
 )
 from jaxaroo.models.safetensors import CheckpointError
 from jaxaroo.models.tokenizer import byte_tokenizer, load_tokenizer
@@ -50,6 +51,7 @@ KINDS = {
     "linear": dict(),
     "two classes": dict(outputs=2),
     "relu": dict(inner=5, outputs=2, start="> ", between="\n"),
+    "surprisal": dict(inner=5, surprisal=True),
 }
 
 
@@ -96,8 +98,10 @@ def test_what_a_head_says_is_what_loops_say(name):
     cfg = config(name)
     tree = params(cfg, shift=0.3)
     hidden = jax.random.normal(jax.random.key(2), (2, 3, 16))
-    got = step_logits(cfg, tree, hidden)
-    want = [[loops(cfg, tree, h) for h in row] for row in np.asarray(hidden)]
+    surprise = jax.random.uniform(jax.random.key(3), (2, 3, 2)) if cfg.surprisal else None
+    got = step_logits(cfg, tree, hidden, surprise)
+    read = hidden if surprise is None else np.concatenate([hidden, surprise], axis=-1)
+    want = [[loops(cfg, tree, h) for h in row] for row in np.asarray(read)]
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert got.dtype == jnp.float32
 
@@ -109,6 +113,39 @@ def test_a_token_pair_is_a_softmax_over_two_of_the_language_models_logits():
     z = lm_head(CFG, tree["model"], hidden)
     want = jax.nn.softmax(z[..., jnp.array([7, 9])], axis=-1)[..., 0]
     np.testing.assert_allclose(jax.nn.sigmoid(step_logits(cfg, tree, hidden)), want, atol=1e-6)
+
+
+def test_surprisals_are_what_loops_over_each_step_say():
+    """Packed rows too: a text knows nothing of the one before it, nor of its own first token."""
+    cfg = config("surprisal")
+    tree, rng = params(cfg), np.random.default_rng(4)
+    tokens = rng.integers(0, 40, (2, 24)).astype(np.int32)
+    tokens[0, [3, 4, 7, 17]] = SEP
+    tokens[1, [0, 12, 23]] = SEP
+    positions = np.stack([np.r_[np.arange(10), np.arange(14)], np.arange(24)]).astype(np.int32)
+    hidden = 3 * jax.random.normal(jax.random.key(5), (2, 24, 16))
+    got = np.asarray(surprisals(cfg, tree, hidden, jnp.asarray(tokens), jnp.asarray(positions)))
+    table = np.asarray(tree["model"]["head"], np.float64)
+    for row in range(2):
+        seen = []
+        for t in range(24):
+            if positions[row, t] == 0 or tokens[row, t - 1] == SEP:
+                seen = []
+            if positions[row, t] > 0 and tokens[row, t] != SEP:
+                z = table @ np.asarray(hidden[row, t - 1], np.float64)
+                seen.append(np.log(np.exp(z).sum()) - z[tokens[row, t]])
+            want = [np.log1p(sum(seen)), np.log1p(max(seen, default=0.0))]
+            np.testing.assert_allclose(got[row, t], want, atol=1e-5, err_msg=str((row, t)))
+    assert got.dtype == np.float32
+
+
+@pytest.mark.errors
+def test_surprisals_are_read_by_those_heads_alone_that_were_made_for_them():
+    hidden, surprise = jnp.zeros((1, 2, 16)), jnp.zeros((1, 2, 2))
+    with pytest.raises(ValueError, match="surprisal=True, and surprise is None"):
+        step_logits(config("surprisal"), params(config("surprisal")), hidden)
+    with pytest.raises(ValueError, match="surprisal=False, and surprise is not None"):
+        step_logits(config("linear"), params(config("linear")), hidden, surprise)
 
 
 def test_the_head_has_an_axis_name_for_every_axis():
@@ -129,6 +166,18 @@ def test_each_step_has_a_separator_behind_it_and_text_makes_none():
     assert parts == ["> one", "\n <|sep|> two", "\nans 3"]
     assert ids[:begin] == TOKENIZER.encode("Q <|sep|>?\n")
     assert ends[-1] == len(ids) - 1
+
+
+def test_a_separator_opens_the_first_step_where_surprisal_is_counted():
+    t, text = TOKENIZER, config("surprisal").text
+    assert text.opens
+    ids, ends = render_steps(t, "q", ["a", "b"], text)
+    assert ids == [*t.encode("q"), SEP, *t.encode("a", bos=False), SEP, *t.encode("b", bos=False), SEP]
+    assert [ids[end] for end in ends] == [SEP, SEP]
+    assert len(ids) - 1 == ends[-1]
+    newline = text._replace(separator=ord("\n"))
+    ids, _ = render_steps(t, "q\n", ["a"], newline)  # one is enough
+    assert ids == [*t.encode("q\n"), *t.encode("a\n", bos=False)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -253,6 +302,7 @@ def test_folders_that_hold_no_reward_model_say_so(tmp_path):
         dict(kind="token_pair", good=7, bad=99_999),
         dict(outputs=3),
         dict(inner=0),
+        dict(kind="token_pair", good=7, bad=9, surprisal=True),
     ],
 )
 def test_a_configuration_that_means_nothing_is_refused(fields):

@@ -322,6 +322,23 @@ def test_a_reward_model_trains_scores_and_goes_on_from_outcomes(target, solution
 
 
 @pytest.mark.optimizer
+def test_a_head_alone_learns_from_surprisal_and_leaves_the_decoder_as_it_is(target, solutions, tmp_path):
+    options = RewardOptions(separator="\n", between="", surprisal=True, train="head")
+    data = dict(data=str(target / "steps.jsonl"), steps=6)
+    assert start("orm", settings(target, tmp_path / "orm", **data), options).finished
+    again = data | {"model": str(tmp_path / "orm" / "model")}
+    assert start("prm", settings(target, tmp_path / "prm", **again), options).finished
+    kept = [hf.load(folder / "model").params for folder in (target, tmp_path / "orm", tmp_path / "prm")]
+    for params in kept[1:]:
+        jax.tree.map(np.testing.assert_array_equal, params, kept[0])
+    outcome, steps = (reward.load(tmp_path / kind / "model") for kind in ("orm", "prm"))
+    assert steps.config.surprisal
+    assert steps.params["head"]["last"]["weight"].shape == (1, 16 + 2)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), outcome.params["head"], steps.params["head"])
+    assert 0 < moved["last"]["weight"] < 0.1  # it went on from there
+
+
+@pytest.mark.optimizer
 def test_a_token_pair_is_trained_in_the_decoder_itself(target, solutions, tmp_path):
     options = RewardOptions(**SEPARATED, head="token-pair", good="+", bad="-", negative_share=0.75)
     out = tmp_path / "pair"
@@ -364,9 +381,17 @@ def test_reward_models_that_cannot_be_are_refused(target, solutions, tmp_path):
         ("prm", run_(adapters="lora"), RewardOptions(), "all of it is trained"),
         ("prm", run_(data=str(target / "rows.jsonl")), RewardOptions(), "rows.jsonl:1"),
         ("value", run_(data="builtin:arithmetic"), RewardOptions(), "expected a file of layout unpaired"),
+        (
+            "value",
+            run_(data=str(target / "labelled.jsonl")),
+            RewardOptions(**SEPARATED, surprisal=True),
+            "found --surprisal",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             start(kind, cfg, options)
     with pytest.raises(ValueError, match="negative_share=1"):
         RewardOptions(negative_share=1.0)
+    with pytest.raises(ValueError, match="expected a value head"):
+        RewardOptions(head="token-pair", train="head")
     assert not (tmp_path / "x").exists()

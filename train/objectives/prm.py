@@ -2,7 +2,8 @@
 
 z_t, the reward model's log-odds at the separator behind a step, learns the cross-entropy of `labelled.py`: the mean
 over labelled steps of the window, soft labels as they are. The whole decoder is trained, and its value head if it has
-one; with token pairs the two rows of the LM head are read as any other weights.
+one; with token pairs the two rows of the LM head are read as any other weights. What is trained is what gradients are
+taken of: a run may leave the decoder as it is.
 
 An outcome model is the same with one label, at the last step. Where its labels are outcomes and steps are labelled
 later, training goes on from it (ORM initialisation).
@@ -12,7 +13,7 @@ import jax
 from jaxtyping import Array, Float
 
 from ...models.decoder import Params, Remat, forward
-from ...models.reward import RewardConfig, step_logits
+from ...models.reward import RewardConfig, step_logits, surprisals
 from ...sharding.rules import REPLICATED, Rules
 from ..data.pipeline import Batch
 from ..step import LossFn, Terms
@@ -51,4 +52,5 @@ def token_logits(
         remat=remat,
         rules=rules,
     ).hidden
-    return step_logits(cfg, params, hidden)
+    surprise = surprisals(cfg, params, hidden, batch.tokens, positions) if cfg.surprisal else None
+    return step_logits(cfg, params, hidden, surprise)

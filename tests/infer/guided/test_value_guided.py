@@ -156,7 +156,9 @@ def test_guides_that_do_not_fit_are_refused():
         Engine(policy(), guidance=tvd(foreign, threshold=0.5))
     with pytest.raises(ValueError, match="width=33; expected 1 to 32"):
         Engine(policy(), guidance=tvd(reward(), threshold=0.5, width=33))
+    surprised = RewardModel(RewardConfig(target=SMALL, separator=3, surprisal=True), {})
     for make in (
+        lambda: ivo(surprised, beta=1.0),
         lambda: tvd(reward(), threshold=1.5),
         lambda: ivo(reward(), beta=-1),
         lambda: ivo(reward(), beta=1, width=0),

@@ -9,7 +9,7 @@ import pytest
 
 from jaxaroo.infer.step_scores import score
 from jaxaroo.models.decoder import DecoderConfig, forward, init_params
-from jaxaroo.models.reward import RewardConfig, init_head, step_logits
+from jaxaroo.models.reward import RewardConfig, init_head, step_logits, surprisals
 from jaxaroo.train.data.pipeline import Batch
 from jaxaroo.train.objectives.labelled import LabelledLossConfig
 from jaxaroo.train.objectives.prm import make_loss, token_logits
@@ -20,6 +20,7 @@ TARGET = DecoderConfig(
 CONFIGS = {
     "value": RewardConfig(target=TARGET, separator=3, inner=6, outputs=2),
     "pair": RewardConfig(target=TARGET, separator=3, kind="token_pair", good=4, bad=5),
+    "surprisal": RewardConfig(target=TARGET, separator=3, surprisal=True),
 }
 TOKENS = np.array([[1, 6, 3, 7, 8, 3, 9, 3], [2, 6, 6, 3, 1, 7, 3, 0]], np.int32)
 MASK = TOKENS == 3
@@ -61,7 +62,8 @@ def by_loops(name):
             ids = jnp.asarray(TOKENS[row, at][None])
             where = jnp.arange(len(at), dtype=jnp.int32)[None]
             hidden = forward(TARGET, params(name)["model"], ids, where).hidden
-            z = np.asarray(step_logits(CONFIGS[name], params(name), hidden), np.float64)[0]
+            surprise = surprisals(CONFIGS[name], params(name), hidden, ids, where) if name == "surprisal" else None
+            z = np.asarray(step_logits(CONFIGS[name], params(name), hidden, surprise), np.float64)[0]
             for t, place in enumerate(at):
                 if MASK[row, place]:
                     p, y = 1 / (1 + np.exp(-z[t])), float(LABELS[row, place])
@@ -94,7 +96,7 @@ def test_gradients_reach_head_and_decoder(name):
         numeric = (moved(1e-3) - moved(-1e-3)) / 2e-3
         exact = float(jnp.sum(at(grads) * direction))
         assert numeric == pytest.approx(exact, rel=2e-2, abs=2e-4)
-        if part != ("model", "head") or name == "pair":  # a value head leaves the LM head alone
+        if part != ("model", "head") or name != "value":  # a value head leaves the LM head alone, but for surprisal
             assert abs(exact) > 1e-4
 
 
