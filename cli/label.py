@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import itertools
 import json as jsonlib
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,6 +14,8 @@ from typing import Any, Literal
 from .output import FloatType, UsageError, cut_half_line, dumps
 
 Row = dict[str, Any]
+# Columns that are of no use once a solution has other steps.
+_OF_STEPS = {"steps", "labels", "soft", "truth", "feedback", "judge", "completion"}
 
 
 def label_sample(
@@ -33,7 +37,7 @@ def label_sample(
     """Let a policy solve problems, and write its solutions as rows of steps, a line each.
 
     Rows hold id, prompt, steps, answer and outcome; of the embedded task also `truth`, its checker's label of every
-    step. What the file holds already is kept.
+    step, and `feedback`, what there is to say of each. What the file holds already is kept.
 
     Args:
       model: folder of the policy.
@@ -58,7 +62,7 @@ def label_sample(
     from ..infer.sampling import Sampling
     from ..models.hf import load
     from ..models.tokenizer import load_tokenizer
-    from ..train.data.arithmetic import ArithmeticConfig, check_lines
+    from ..train.data.arithmetic import ArithmeticConfig, check_lines, explain_lines
     from ..train.data.steps import split_steps
     from ..train.labels.monte_carlo import step_seed
 
@@ -93,6 +97,7 @@ def label_sample(
                     row |= {"answer": problem["answer"], "outcome": int(right and output.finish_reason == "stop")}
                     if "plan" in problem:
                         row["truth"] = [int(ok) for ok in check_lines(problem["plan"], steps)]
+                        row["feedback"] = explain_lines(problem["plan"], steps)
                     file.write(dumps(row) + "\n")
             file.flush()
             bar.update(len(part))
@@ -111,7 +116,7 @@ def label_steps(
     threshold: float = 0.0,
     early_stop: bool = True,
     max_new_tokens: int = 512,
-    joiner: str = "\n",
+    joiner: str | None = None,
     job: Path | None = None,
     seed: int = 0,
     dtype: FloatType | None = None,
@@ -131,7 +136,7 @@ def label_steps(
       threshold: a step is right if more than this share of its completions is.
       early_stop: ask nothing behind the first wrong step.
       max_new_tokens: tokens of a completion at most.
-      joiner: what stands behind every step.
+      joiner: what stands behind every step; when not given, what rows of `label split` say, or else a newline.
       job: file of the completions' verdicts, which the labelling goes on from; beside --out when not given.
       seed: makes the completions repeatable.
       dtype: of weights and activations; float32 on CPU and bfloat16 elsewhere when not given.
@@ -150,7 +155,7 @@ def label_steps(
             n=n,
             threshold=threshold,
             early_stop=early_stop,
-            joiner=joiner,
+            joiner=_joiner(rows, joiner),
             seed=seed,
             completer=f"{_mark(model)}, temperature {temperature:g}, {max_new_tokens} tokens",
         )
@@ -194,7 +199,164 @@ def label_agree(
     return 0
 
 
+def label_feedback(
+    *, data: Path, out: Path, start: str = "", between: str | None = None, closing: str = "\n", json: bool = False
+) -> int:
+    """Make examples for `train sft` of what is said about steps: the first stage of a reward model (Math-Minos).
+
+    Question and steps are the prompt, feedback is the completion, a line for each step. `train prm --model SFT/model`
+    is the second stage. With its defaults it reads the same tokens, and a separator behind each step; with a newline
+    for --separator and an empty --between it reads them at the same positions.
+
+    Args:
+      data: rows with prompt, steps and `feedback`: a text for each step up to the first error, then null. `label
+        sample` writes it for the embedded task.
+      out: JSONL file to write.
+      start: text before the first step; that of `train prm`.
+      between: text before every other step; when not given, what rows of `label split` say, or else a newline.
+      closing: text between steps and feedback.
+      json: print one JSON object.
+    """
+    from ..train.labels.feedback import feedback_example
+
+    rows, examples = _rows(data), []
+    between = _joiner(rows, between)
+    for i, row in enumerate(rows):
+        if not row["steps"]:
+            continue
+        try:
+            example = feedback_example(row, start=start, between=between, closing=closing)
+        except ValueError as error:
+            raise ValueError(f"label feedback: row {i} of {data}: {error}") from error
+        examples.append({**({"id": row["id"]} if "id" in row else {}), **example})
+    _write(out, examples)
+    steps = sum(len(row["steps"]) for row in rows)
+    lines = sum(example["completion"].count("\n") + 1 for example in examples)
+    report = {"solutions": len(examples), "steps": steps, "lines": lines, "without_steps": len(rows) - len(examples)}
+    print(dumps(report) if json else f"{len(examples)} solutions, feedback on {lines} of {steps} steps")
+    print(f"wrote {out}", file=sys.stderr)
+    return 0
+
+
+def label_split(
+    *,
+    data: Path,
+    out: Path,
+    by: Literal["adaptive", "line", "separator", "tokens"] = "adaptive",
+    model: Path | None = None,
+    share: float = 0.02,
+    shortest: int = 4,
+    tokens: int = 32,
+    separator: str = "\n\n",
+    joiner: str | None = None,
+    dtype: FloatType | None = None,
+    json: bool = False,
+) -> int:
+    """Cut solutions into steps anew: where the policy was unsure (AdaptiveStep), at lines, or each so many tokens.
+
+    New steps hold all of the text, what separates them included: joined by nothing they are the solution again. The
+    rows say so (`joiner`), and `label steps` goes by it; `train prm` wants --between "". Labels and feedback of the
+    old steps are left out, answers and outcomes stay.
+
+    Args:
+      data: rows with prompt, and `steps`, or their text as `completion`.
+      out: JSONL file to write.
+      by: tokens that the policy gave little probability; lines; a separator; or a number of tokens.
+      model: folder of the policy; to count tokens, of a tokenizer.
+      share: of all tokens, how many begin a step, before short ones are merged.
+      shortest: tokens of an adaptive step.
+      tokens: of a step, to cut by tokens.
+      separator: behind which steps end, to cut by it.
+      joiner: what stood between the steps of the data; when not given, what they say, or else a newline.
+      dtype: of weights and activations; float32 on CPU and bfloat16 elsewhere when not given.
+      json: print one JSON object.
+    """
+    from ..models.tokenizer import load_tokenizer
+    from ..train.data.steps import SplitConfig, split_steps
+    from ..train.labels.adaptive_step import AdaptiveStepConfig
+
+    if model is None and by in ("adaptive", "tokens"):
+        raise UsageError(f"label split: --by {by}; expected --model, the folder of the policy and its tokenizer.")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"label split: no folder {out.parent}; expected one for --out. Make it.")
+    rows = _rows(data, instead="completion")
+    joiner = _joiner(rows, joiner)
+    whole = [row["completion"] if _is_text(row.get("completion")) else joiner.join(row["steps"]) for row in rows]
+    kept = [(row, text) for row, text in zip(rows, whole, strict=True) if text.strip()]
+    texts = [text for _, text in kept]
+    report: Row = {"solutions": len(kept), "empty": len(rows) - len(kept)}
+    if by == "adaptive":
+        assert model is not None
+        cfg = AdaptiveStepConfig(share=share, shortest=shortest)
+        split, found = _adaptive(model, [row for row, _ in kept], texts, cfg, dtype)
+        report |= {"threshold": min(1.0, math.exp(found.threshold)), "share": found.share, "merged": found.merged}
+        cut = f"tokens of probability below {report['threshold']:.3g} begin a step, {found.share:.2%} of all; "
+        cut += f"{found.merged} short steps merged; "
+    else:
+        cfg, cut = SplitConfig(how=by, separator=separator, tokens=tokens), ""
+        tokenizer = load_tokenizer(model) if model is not None and by == "tokens" else None
+        split = [_cover(text, split_steps(text, cfg, tokenizer)) for text in texts]
+    steps = sum(map(len, split))
+    report |= {"steps": steps, "mean_steps": steps / max(len(kept), 1)}
+    rest = [{name: value for name, value in row.items() if name not in _OF_STEPS} for row, _ in kept]
+    _write(out, ({**row, "steps": new, "joiner": ""} for row, new in zip(rest, split, strict=True)))
+    print(dumps(report) if json else f"{cut}{len(kept)} solutions, {report['mean_steps']:.2f} steps each")
+    print(f'wrote {out}: train on it with --between ""', file=sys.stderr)
+    return 0
+
+
 # ----------------------------------------------------------------------------------------------------------- private
+def _adaptive(model: Path, rows: list[Row], texts: list[str], cfg: Any, dtype: FloatType | None):
+    """Steps of every text, and what the policy's doubts came to: it reads each behind its prompt."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from ..infer.engine import Engine
+    from ..models.hf import load
+    from ..models.tokenizer import load_tokenizer
+    from ..train.data.steps import split_tokens
+    from ..train.labels.adaptive_step import adaptive_steps
+
+    tokenizer, asked = load_tokenizer(model), []
+    name = lambda i: f"label split: solution {rows[i].get('id', i)!r:.60}"
+    for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        prompt, ids = row["prompt"], tokenizer.encode(text, bos=False)
+        if (back := tokenizer.decode(ids)) != text:
+            raise ValueError(
+                f"{name(i)}: {text!r:.60} comes back from the tokenizer as {back!r:.60}; expected the same."
+            )
+        asked.append((tokenizer.encode(prompt) if _is_text(prompt) else tokenizer.encode_chat(prompt), ids))
+    logps = []
+    with Engine(load(model, dtype=dtype), tokenizer) as engine:
+        for i, (prompt, ids) in enumerate(tqdm(asked, "read", unit="solution", disable=None)):
+            [result] = engine.score([[*prompt, *ids]])
+            if result.prompt_logprobs is None:
+                raise ValueError(f"{name(i)}: {result.error}") from result.error
+            told = result.prompt_logprobs[len(prompt) :]
+            logps.append(np.array([0.0 if token is None else token.logprob for token in told]))
+    found = adaptive_steps(logps, cfg)
+    spans = (split_tokens(tokenizer, ids, ends) for (_, ids), ends in zip(asked, found.ends, strict=True))
+    return [[text[a:b] for a, b in each] for text, each in zip(texts, spans, strict=True)], found
+
+
+def _cover(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
+    """Steps that give the text back: each goes on to where the next begins."""
+    cuts = [0, *(start for start, _ in spans[1:]), len(text)]
+    return [text[a:b] for a, b in itertools.pairwise(cuts)]
+
+
+def _joiner(rows: Sequence[Row], asked: str | None) -> str:
+    """What stands between steps: as asked for, or as the rows say, or a newline."""
+    found = {said if isinstance(said, str) else "\n" for row in rows for said in [row.get("joiner")]} or {"\n"}
+    if asked is None and len(found) > 1:
+        raise ValueError(f"label: {found} stand between steps of some rows; expected one for all. Say which, or part.")
+    return found.pop() if asked is None else asked
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 @contextlib.contextmanager
 def _completer(
     model: Path, temperature: float, max_new_tokens: int, dtype: FloatType | None, max_seqs: int
@@ -252,17 +414,20 @@ def _mark(model: Path) -> str:
     return digest.hexdigest()
 
 
-def _rows(path: Path) -> list[Row]:
-    """Rows of a JSONL file as they are, columns of all kinds kept."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = jsonlib.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("steps"), list) or "prompt" not in row:
-            raise ValueError(f"{path}:{number}: found {line[:80]!r}; expected an object with `prompt` and `steps`.")
-        rows.append(row)
+def _rows(path: Path, instead: str | None = None) -> list[Row]:
+    """Rows of a JSONL file as they are, columns of all kinds kept; one of text may stand in for `steps`."""
+    rows, wanted = [], "`prompt` and `steps`, texts" + (f", or `{instead}`" if instead else "")
+    with path.open(encoding="utf-8") as file:  # whose lines end with newlines: U+2028 may stand in a JSON string
+        for number, line in enumerate(file, 1):
+            try:
+                row = jsonlib.loads(line)
+            except ValueError:
+                row = None
+            row = row if isinstance(row, dict) else {}
+            steps = [] if _is_text(row.get(instead)) else row.get("steps")
+            if "prompt" not in row or not isinstance(steps, list) or not all(map(_is_text, steps)):
+                raise ValueError(f"{path}:{number}: found {line[:80]!r}; expected an object with {wanted}.")
+            rows.append(row)
     return rows
 
 

@@ -32,6 +32,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "label sample": label.label_sample,
     "label steps": label.label_steps,
     "label agree": label.label_agree,
+    "label split": label.label_split,
+    "label feedback": label.label_feedback,
     "eval lm": evaluate.eval_lm,
     "eval answers": evaluate.eval_answers,
     "eval prm": evaluate.eval_prm,

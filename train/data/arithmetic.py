@@ -131,6 +131,18 @@ def check_lines(problem: Problem, lines: list[str]) -> list[bool]:
     return verdicts
 
 
+def explain_lines(problem: Problem, lines: list[str]) -> list[str | None]:
+    """What there is to say of each line, in words of the task: the plan's own line there, then `keeps` or `loses`.
+
+    A right line keeps to the plan, the first wrong one loses it, and behind that there is nothing to say (None). To
+    say it is to work the line out anew and to compare. Where the plan has no more lines, `loses` stands alone.
+    """
+    wanted, verdicts = problem.lines, check_lines(problem, lines)
+    told = verdicts.index(False) + 1 if False in verdicts else len(lines)
+    said = [" ".join([*wanted[i : i + 1], "keeps" if verdicts[i] else "loses"]) for i in range(told)]
+    return [*said, *[None] * (len(lines) - told)]
+
+
 def solves(problem: Problem, lines: list[str]) -> bool:
     """Whether the last line is the right answer, however it was reached."""
     return bool(lines) and _parse(lines[-1]) == ("ans", problem.answer)

@@ -12,6 +12,7 @@ from jaxaroo.train.data.arithmetic import (
     ArithmeticConfig,
     arithmetic_tokenizer,
     check_lines,
+    explain_lines,
     make_problem,
     slip_lines,
     solves,
@@ -118,6 +119,37 @@ def test_a_slip_has_one_first_wrong_line_and_goes_on_to_an_answer(slip):
             assert all(b != "0" for _, _, b, *_ in stated)
     assert made > 100
     assert len(firsts) > 2
+
+
+def test_a_line_is_explained_by_the_plans_own_and_whether_it_keeps_to_it():
+    rng, seen = np.random.default_rng(1), {"keeps": 0, "loses": 0, None: 0}
+    tokenizer = arithmetic_tokenizer()
+    for n, p in enumerate(problems(3, 50)):
+        lines, first = slip_lines(p, SLIPS[n % 4], rng) or (p.lines, len(p.lines))
+        said = explain_lines(p, lines)
+        assert [text is not None for text in said] == [i <= first for i in range(len(lines))]
+        for line, text in zip(lines, said, strict=True):
+            seen[text and text.split()[-1]] += 1
+            if text is None:
+                continue
+            *stated, verdict = text.split()
+            assert verdict == ("keeps" if stated == line.split() else "loses")
+            if stated[0] == "ans":
+                assert int(stated[1]) == read_english(p.question)[0]
+            else:
+                assert eval("".join(stated[:3]).replace("/", "//")) == int(stated[4])
+            ids = tokenizer.encode(text, bos=False)
+            assert tokenizer.decode(ids) == text  # in words of the task: unknown ones and control tokens are lost
+    assert min(seen.values()) > 60
+
+
+def test_what_is_said_of_lines_that_mean_the_same_or_are_too_many():
+    p = next(p for p in problems(2, 20) if p.plan[0].op == "*" and p.plan[1].op == "+")
+    a, _, b, _, c = p.lines[0].split()
+    assert explain_lines(p, [f"{b}*{a} = {c}"]) == [f"{p.lines[0]} keeps"]
+    assert explain_lines(p, ["", "ans 1"]) == [f"{p.lines[0]} loses", None]
+    assert explain_lines(p, [*p.lines, "ans 1", "ans 2"])[len(p.lines) - 1 :] == [f"{p.lines[-1]} keeps", "loses", None]
+    assert explain_lines(p, []) == []
 
 
 def test_text_survives_the_tokenizer():
