@@ -432,7 +432,16 @@ def _value_loss(origin: Origin, options: RewardOptions, *, rules: Rules, remat: 
 
 def _steps_encoder(origin: Origin, options: RewardOptions) -> Encode:
     text, tokenizer = reward_config(origin, options).text, origin.tokenizer
-    return lambda row: encode_steps(tokenizer, row, text, options.labels)
+
+    def encode(row: Mapping[str, Any]) -> Encoded:
+        if row.get("joiner", text.between) != text.between:  # of `label split`, whose steps hold what separates them
+            raise ValueError(
+                f"train prm: steps of a row are joined by {row['joiner']!r}, and between={text.between!r} stands "
+                "before each; expected the same. Set --between to what joins them."
+            )
+        return encode_steps(tokenizer, row, text, options.labels)
+
+    return encode
 
 
 def _outcome_encoder(origin: Origin, options: RewardOptions) -> Encode:

@@ -374,6 +374,16 @@ def test_wrong_solutions_weigh_what_is_asked_for(caplog):
 
 
 @pytest.mark.errors
+def test_steps_that_hold_what_separates_them_are_not_separated_again(target, solutions):
+    origin = Origin(hf.read_config(target / "model"), byte_tokenizer(), None)
+    encode = lambda between: RECIPES["prm"].encoder(origin, RewardOptions(separator="<|sep|>", between=between))
+    row = solutions[0] | {"joiner": ""}
+    assert len(encode("")(row).ids) == len(encode("")(solutions[0]).ids)
+    with pytest.raises(ValueError, match=r"joined by '', and between='\\n'"):
+        encode("\n")(row)
+
+
+@pytest.mark.errors
 def test_reward_models_that_cannot_be_are_refused(target, solutions, tmp_path):
     run_ = lambda **changes: settings(target, tmp_path / "x", **{"data": str(target / "steps.jsonl"), **changes})
     for kind, cfg, options, message in (
