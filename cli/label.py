@@ -175,20 +175,34 @@ def label_steps(
 
 
 def label_agree(
-    *, weak: Path, strong: Path, out: Path, keep: Literal["solution", "step"] = "solution", json: bool = False
+    *,
+    strong: Path,
+    out: Path,
+    weak: Path | None = None,
+    judge: str | None = None,
+    keep: Literal["solution", "step"] = "solution",
+    json: bool = False,
 ) -> int:
-    """Keep the labels that a weak and a strong completer agree on (Athena-PRM).
+    """Keep the labels that a weak and a strong completer agree on (Athena-PRM), or a completer and a judge.
 
     Args:
-      weak: file of `label steps`.
-      strong: the same solutions, labelled by a stronger completer.
+      strong: file of `label steps`.
       out: JSONL file for what is kept.
+      weak: the same solutions, labelled by a weaker completer.
+      judge: in its place, a column of the file: a judge's labels, or the index of the first wrong step, -1 for none.
       keep: whole solutions whose first errors agree, or single steps.
       json: print one JSON object.
     """
-    from ..train.labels.consistency import ConsistencyConfig, agree
+    from ..train.labels.consistency import ConsistencyConfig, agree, consensus
 
-    kept, report = agree(_rows(weak), _rows(strong), ConsistencyConfig(keep=keep))
+    if (weak is None) == (judge is None):
+        raise UsageError("label agree: expected either --weak, a second file, or --judge, a column of the first.")
+    cfg = ConsistencyConfig(keep=keep)
+    if weak is not None:
+        kept, report = agree(_rows(weak), _rows(strong), cfg)
+    else:
+        assert judge is not None
+        kept, report = consensus(_rows(strong), judge, cfg)
     _write(out, kept)
     print(
         dumps(report._asdict())

@@ -103,6 +103,12 @@ def test_steps_are_labelled_by_completions_truth_or_outcome_and_files_can_agree(
     assert (status, report["solutions"]) == (0, 2)
     assert report["kept_steps"] == sum(x is not None for row in rows_of(tmp_path / "kept.jsonl") for x in row["labels"])
 
+    judged = [row | {"labels": row["truth"], "judge": at} for row, at in zip(rows, (-1, 1), strict=True)]
+    write(tmp_path / "judged.jsonl", judged)  # of the second solution the judge finds the first step right
+    files = ("--strong", tmp_path / "judged.jsonl", "--judge", "judge", "--out", tmp_path / "kept.jsonl")
+    assert run("label", "agree", *files)[1] == "kept 1 of 2 solutions, 2 of 4 steps\n"
+    assert [row["id"] for row in rows_of(tmp_path / "kept.jsonl")] == ["a"]
+
 
 @pytest.mark.optimizer
 def test_feedback_in_words_comes_first_and_labels_second(run, policy, tmp_path):
@@ -272,6 +278,7 @@ def test_a_split_that_fails_leaves_what_was_there(run, policy, tmp_path, change,
         ("label split --data {tmp}/bad.jsonl --out {tmp}/o --by line", 1, "`prompt` and `steps`, texts, or `compl"),
         ("label split --data {tmp}/list.jsonl --out {tmp}/o --by line", 1, "list.jsonl:1"),
         ("label split --data {tmp}/odd.jsonl --out {tmp}/o --model {policy} --share 2", 1, "share: found 2"),
+        ("label agree --strong {tmp}/odd.jsonl --out {tmp}/o", 2, "expected either --weak"),
         ("label agree --weak {tmp}/odd.jsonl --strong {tmp}/none.jsonl --out {tmp}/o", 1, "none.jsonl"),
     ],
 )

@@ -290,6 +290,16 @@ def prm800k(row: Row) -> Row:
     return {**row, "prompt": question["problem"], "steps": steps, "labels": labels, **answer}
 
 
+def processbench(row: Row) -> Row:
+    """A solution of ProcessBench as layout `steps`: `label` is its first wrong step, -1 if it has none."""
+    _need(row, "problem:str steps:[str]")
+    wrong, R = row["label"], len(row["steps"])
+    if type(wrong) is not int or not -1 <= wrong < R:
+        raise DataError(f"`label` is {_brief(wrong)}; expected the index of one of {R} steps, or -1")
+    labels = [1] * R if wrong < 0 else [1] * wrong + [0] + [None] * (R - wrong - 1)
+    return {**row, "prompt": row["problem"], "labels": labels}
+
+
 # ----------------------------------------------------------------------------------------------------------- private
 _ADAPTERS: tuple[tuple[Layout, Callable[[Row], Row], set[str]], ...] = (  # and the columns that call for them
     ("sft", gsm8k, {"question", "answer"}),
@@ -300,6 +310,7 @@ _ADAPTERS: tuple[tuple[Layout, Callable[[Row], Row], set[str]], ...] = (  # and 
     ("steps", stepwise, {"prompt", "completions", "labels"}),
     ("steps", math_shepherd, {"input", "label", "task"}),
     ("steps", prm800k, {"labeler", "question", "label"}),
+    ("steps", processbench, {"problem", "steps", "label"}),
 )
 _REWARDS = {"answer", "answers", "tests", "ook", "num_generations"}  # beside any other, `prompt` hides misspelt columns
 _MIXED = "{} holds both strings and lists of messages; expected one of the two throughout"

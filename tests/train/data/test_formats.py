@@ -305,6 +305,12 @@ def test_published_steps(tmp_path):
     fails(write(path, row | {"label": {"steps": []}}), "`label.steps` is []; expected a list of 1 object or more")
     fails(write(path, row | {"question": "1+1?"}), "`question` is '1+1?'; expected an object")
 
+    bench = {"id": "gsm8k-0", "generator": "g", "problem": "1+1?", "steps": ["a", "b", "c"], "final_answer_correct": 0}
+    for label, labels in ((-1, [1, 1, 1]), (0, [0, None, None]), (1, [1, 0, None]), (2, [1, 1, 0])):
+        assert steps_of(path, bench | {"label": label}) == ("1+1?", ["a", "b", "c"], labels, None)
+    for label in (3, -2, True, "1"):
+        fails(write(path, bench | {"label": label}), "`label` is ", "expected the index of one of 3 steps, or -1")
+
 
 def test_a_pair_is_two_unpaired_rows(tmp_path):
     pair = {**PAIR, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0, "weight": 2.0}
