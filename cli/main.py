@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from . import bench, evaluate, files, generate, label, quickstart, train
+from . import bench, evaluate, files, generate, label, quickstart, rounds, train
 from .output import UsageError
 
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
@@ -28,12 +28,14 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train prm": train.train_prm,
     "train orm": train.train_orm,
     "train value": train.train_value,
+    "train ranked": rounds.train_ranked,
+    "train value-rounds": rounds.train_value_rounds,
     "train resume": train.train_resume,
     "label sample": label.label_sample,
     "label steps": label.label_steps,
     "label agree": label.label_agree,
-    "label split": label.label_split,
     "label feedback": label.label_feedback,
+    "label split": label.label_split,
     "eval lm": evaluate.eval_lm,
     "eval answers": evaluate.eval_answers,
     "eval prm": evaluate.eval_prm,
@@ -50,8 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = list(sys.argv[1:] if argv is None else argv)
         name, commands = " ".join(args[:2]), dict(COMMANDS)
-        if args[:1] == ["train"] and args[1:2] != ["resume"] and name in commands:
-            commands[name] = train.train_command(args[1], args[2:])
+        kind = name.removeprefix("train ")
+        if name in commands and kind in train.SUMMARIES:
+            commands[name] = train.train_command(kind, args[2:])
+        elif name in commands and kind in rounds.SUMMARIES:
+            commands[name] = rounds.rounds_command(kind)
         if name in commands:
             args = [" ".join(args[:2]), *args[2:]]
         elif any(name.startswith(f"{args[0]} ") for name in commands if args):  # `jaxaroo train`, and typos behind it
