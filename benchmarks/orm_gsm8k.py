@@ -30,9 +30,9 @@ from jaxaroo.models.tokenizer import Tokenizer, load_tokenizer
 from jaxaroo.train.labels.truth import read_model_solutions
 
 VOCABULARY, HELD_OUT = 2048, 5  # tokens; every fifth question
-ROWS = "--batch.size 16 --batch.max-length 384 --checkpoint.every 100000 --optimizer.warmup-steps 50".split()  # noqa: SIM905
-LANGUAGE = [*ROWS, "--steps", "800", "--optimizer.learning-rate", "2e-3"]
-OUTCOME = [*ROWS, "--batch.no-packing", "--steps", "500", "--separator", "\n", "--between", ""]
+ROWS = "--batch.max-length 384 --checkpoint.every 100000 --optimizer.warmup-steps 50".split()  # noqa: SIM905
+LANGUAGE = [*ROWS, "--batch.size", "8", "--steps", "600", "--optimizer.learning-rate", "2e-3"]
+OUTCOME = [*ROWS, "--batch.size", "16", "--batch.no-packing", "--steps", "300", "--separator", "\n", "--between", ""]
 ARMS = {  # name -> (begins as the language model, settings)
     "fresh": (False, [*OUTCOME, "--optimizer.learning-rate", "1e-3"]),
     "from the language model": (True, [*OUTCOME, "--optimizer.learning-rate", "5e-4"]),
