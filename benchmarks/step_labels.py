@@ -179,11 +179,15 @@ def filtered(opts: argparse.Namespace, n: int = 8) -> dict[str, Any]:
         for keep in ("solution", "step"):
             found[f"agreed by {keep}, n = {n} + {n}"] = agree(weak, strong, ConsistencyConfig(keep=keep))[0]
         runs.append({name: accuracy(rows) for name, rows in found.items()})
-    mean = {
-        name: {key: spread_of([run[name][key] for run in runs]) for key in ("accuracy", "labels", "good")}
+    mean = {name: {key: spread_of([run[name][key] for run in runs]) for key in runs[0][name]} for name in runs[0]}
+    agreed = f"agreed by solution, n = {n} + {n}"  # the same solutions, so differences are paired
+    gain = {
+        name: spread_of([run[agreed]["accuracy"] - run[name]["accuracy"] for run in runs])
         for name in runs[0]
+        if "alone" in name
     }
-    return {"n": n, "solutions": opts.solutions, "seeds": opts.seeds, "mean": mean, "runs": runs}
+    report = {"n": n, "solutions": opts.solutions, "seeds": opts.seeds, "mean": mean}
+    return report | {"gain_of_agreeing_by_solution": gain, "runs": runs}
 
 
 def labels(work: Path, path: Path, completer: str, n: int) -> Path:
@@ -197,10 +201,11 @@ def labels(work: Path, path: Path, completer: str, n: int) -> Path:
 
 
 def accuracy(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Of all labels: how many are right, how many there are, how many say good."""
+    """Of all labels: how many are right, also of those that say good or bad; how many there are, and say good."""
     pairs = [(x, t) for row in rows for x, t in zip(row["labels"], row["truth"], strict=True) if x is not None]
-    right = [int(x) == int(t) for x, t in pairs]
-    return {"accuracy": statistics.mean(right), "labels": len(pairs), "good": statistics.mean(x for x, _ in pairs)}
+    right = lambda *said: statistics.mean(int(x) == int(t) for x, t in pairs if x in said)
+    found = {"accuracy": right(0, 1), "right_of_good": right(1), "right_of_bad": right(0)}
+    return found | {"labels": len(pairs), "good": statistics.mean(x for x, _ in pairs)}
 
 
 def spread_of(found: list[float]) -> dict[str, Any]:
