@@ -5,6 +5,7 @@ output.py      what commands share: exit by misuse, JSON
 generate.py    continue prompts
 files.py       convert and describe checkpoints
 train.py       begin and resume runs
+rounds.py      generation and training by turns
 label.py       solutions to learn from, and how good their steps are
 evaluate.py    perplexity, right answers, how good a reward model is and what it chooses
 bench.py       faster methods beside plain decoding

@@ -25,7 +25,9 @@ def dumps(value: Any) -> str:
 
 def cut_half_line(path: Path) -> int:
     """Whole lines of a file, behind which nothing stands any more; a killed process may have left half a line."""
-    whole = path.read_bytes() if path.exists() else b""
-    whole = whole[: whole.rfind(b"\n") + 1]
-    path.write_bytes(whole)
-    return whole.count(b"\n")
+    with path.open("a+b") as file:
+        file.seek(0)
+        data = file.read()
+        end = data.rfind(b"\n") + 1
+        file.truncate(end)  # what is whole is not written anew, so that a stop here loses nothing
+    return data[:end].count(b"\n")

@@ -1,6 +1,7 @@
 """From data to weights. Never imports `infer`: where training needs samples, the caller passes a function.
 
 run.py         a run from its settings to its model, and back to it after a stop; begin reading here
+rounds.py      a model learns from its own answers, in rounds
 recipe.py      what kinds of runs there are
 config.py      settings as YAML, checked
 state.py       what changes from step to step

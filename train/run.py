@@ -191,6 +191,25 @@ def read_run(out: Path) -> tuple[str, RunConfig, Any]:
     return stored.kind, stored.settings, RECIPES[stored.kind].options() if options is None else options
 
 
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """No other process writes to this folder; the lock goes with the process, however that ends.
+
+    Raises:
+      FileExistsError: if another one does.
+    """
+    with (out / ".lock").open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise FileExistsError(f"train: another process is writing to {out}; expected to be alone there.") from e
+        except (ImportError, OSError) as e:  # not every system and file system has locks
+            log.warning("train: %s cannot be locked (%s); see that no other process writes there", out, e)
+        yield
+
+
 # ----------------------------------------------------------------------------------------------------------- private
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Stored:
@@ -230,7 +249,7 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
         like, create = _begin(cfg, origin, trainable, tx, mesh)
         if jax.process_index() == 0:
             cfg.out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_alone(cfg.out))
+            stack.enter_context(alone(cfg.out))
             if fresh:
                 stored: Any = {"kind": kind, "settings": cfg, kind.replace("-", "_"): options}
                 write_settings(_Stored(**stored), cfg.out / "config.yaml")
@@ -360,21 +379,6 @@ def _mark_of(cfg: RunConfig, examples: Sequence[Mapping[str, Any]], encode: Call
         labels = [] if encoded.labels is None else [encoded.labels.tolist()]
         rows.append([encoded.ids.tolist(), encoded.scored.tolist(), examples[i].get("weight"), *labels])
     return hashlib.sha256(json.dumps([cfg.seed, batch, number, rows]).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """No other process writes to this folder; the lock goes with the process, however that ends."""
-    with (out / ".lock").open("w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise FileExistsError(f"train: another process is writing to {out}; expected to be alone there.") from e
-        except (ImportError, OSError) as e:  # not every system and file system has locks
-            log.warning("train: %s cannot be locked (%s); see that no other process writes there", out, e)
-        yield
 
 
 def _begin(cfg: RunConfig, origin: Origin, what: Trainable, tx, mesh) -> tuple[TrainState, Callable[[], TrainState]]:
