@@ -68,7 +68,7 @@ def main() -> None:
     result["right_by_source"] = rate
     result["arms"] = {"only the source": figures([rate[s] for s in sources], right, asked, sources)}
     for name, (known, settings) in ARMS.items():
-        out, begin = opts.work / name.replace(" ", "-"), language / "model" if known else fresh
+        out, begin = opts.work / ("orm " + name).replace(" ", "-"), language / "model" if known else fresh
         if not (out / "model").exists():
             train(result, "orm", out, "--model", begin, "--data", opts.work / "outcomes.jsonl", *settings)
         model = reward.load(out / "model", dtype="float32")
