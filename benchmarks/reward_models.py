@@ -4,8 +4,8 @@ A policy of the embedded task answers 200 problems that no model has seen, 16 ti
 choose. All are trained on the same solutions of the policy, labelled by the task's checker. Parts:
 
     curves    best of k, by how the verifier began (as the policy, or as a stronger model of its size) and by what it
-              reads (its hidden state, or its own surprisal too); beside majority, greedy decoding, oracle, and the
-              stronger model's surprisal without any training
+              reads (its hidden state, or its own surprisal too); beside majority, greedy decoding, oracle, the
+              stronger model's surprisal without any training, and a random score for each text
     training  ORM initialisation and negative up-sampling, each against its absence, of the first and the last of
               these verifiers; several seeds
     pipeline  policy given: sample, label by two completers, keep what they agree on, ORM, PRM, choose; seconds of each
@@ -53,6 +53,7 @@ ARMS = {  # name -> (the model it begins as, settings)
     "stronger, surprisal": ("strong", HEAD),
     "stronger, surprisal, all trained": ("strong", SURPRISAL),
 }
+LUCK = "a random score for each text"
 CHOSEN = "min"  # a solution is as good as its worst step
 
 
@@ -160,8 +161,9 @@ def compare(opts: argparse.Namespace, answers: list[dict[str, Any]]) -> dict[str
     head = {"last": {"weight": jax.numpy.asarray(weight), "bias": jax.numpy.zeros(1)}}
     verifiers["stronger, surprisal, untrained"] = likelihood._replace(params={**likelihood.params, "head": head})
     found, drawn = {}, {}
-    for name, model in verifiers.items():
-        found[name], candidates = figures(answers, judge(opts, answers, model))
+    for name, model in [*verifiers.items(), (LUCK, None)]:
+        scores = luck(answers) if model is None else judge(opts, answers, model)
+        found[name], candidates = figures(answers, scores)
         drawn[name] = [c.scores[CHOSEN] for c in candidates]
     together = [c._replace(scores={name: drawn[name][i] for name in drawn}) for i, c in enumerate(candidates)]
     bounds = curves(together)
@@ -176,6 +178,14 @@ def compare(opts: argparse.Namespace, answers: list[dict[str, Any]]) -> dict[str
         "by_verifier": found,
         "texts": texts(answers),
     }
+
+
+def luck(answers: list[dict[str, Any]]) -> list[list[float]]:
+    """What knows nothing: a random number for each text, the same wherever a question has it twice."""
+    rng, known = np.random.default_rng(0), {}
+    for a in answers:
+        known.setdefault((a["question"], *a["steps"]), float(rng.uniform()))
+    return [[known[a["question"], *a["steps"]]] * len(a["steps"]) for a in answers]
 
 
 def texts(answers: list[dict[str, Any]]) -> dict[str, float]:
