@@ -299,7 +299,7 @@ def plot_best_of_k(path: Path, curves: Curves) -> None:
     """Draw what k samples are worth under each rule, between the random pick and pass@k."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
     axes = figure.add_subplot(xlabel="k", ylabel="accuracy", ylim=(0, 1), title=f"{curves.questions} questions")
     axes.set_xscale("log", base=2)
     axes.set_xticks(curves.k, [str(k) for k in curves.k])
@@ -310,7 +310,7 @@ def plot_best_of_k(path: Path, curves: Curves) -> None:
         axes.plot(curves.k, curves.best_of[name], color=f"C{i}", marker=".", label=f"best of k, {name}")
         axes.plot(curves.k, curves.weighted[name], color=f"C{i}", linestyle="--", label=f"weighted majority, {name}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside it: lines go anywhere
     _save(figure, path)
 
 
