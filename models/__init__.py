@@ -6,6 +6,8 @@ safetensors.py  read and write the safetensors format
 hf_config.py    config.json of Hugging Face, into a DecoderConfig and back
 hf.py           Hugging Face checkpoint folders: import, export, and the checks on the way
 lora.py         low-rank adapters, as a transform of the parameters
+quantise.py     a weight at a width below its int8 master, with its gradient; scales and how they start
+multi_precision.py  the same for a tree: rules, learned scales, master codes, float weights at any width
 presets.py      the sizes of known models
 eagle.py        EAGLE's drafter
 jakiro.py       Jakiro's: two experts

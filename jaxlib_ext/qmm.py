@@ -1,0 +1,215 @@
+"""Multiply by a quantised matrix at any width: switch master codes, pack them, and the product itself.
+
+A quantised weight is int8 master codes C of h bits and a scale s (models/multi_precision.py makes them). Its view at
+l <= h bits, with d = h - l, is integers alone (Double Rounding, 2502.01199, equations 2 and 3):
+
+    Q = clip(round(C / 2^d), -2^(l-1), 2^(l-1) - 1)        w = Q (s 2^d)        ties to even
+
+    y_n = sum_g S_ng sum_{k in g} x_k Q_nk                 S = s 2^d
+
+Matrices are `[out, in]` like every weight here: codes `[N, K]`, scales `[N, M]` for M groups of K / M inputs; M = 1 is
+one scale per output channel. Always switch from the master: 8 -> 6 -> 4 is not 8 -> 4 on 30 of 256 codes.
+
+Packed words are slice-major along K. A width is the sum of planes of 8, 4, 2 or 1 bits (6 = 4 + 2; the first plane is
+signed, the others are not), and a plane of w bits holds P = 32 / w codes in an int32: of each block of 128 inputs, word
+r < 128 / P has in field j (from bit j w) input j 128 / P + r, so that a field is a contiguous slice of the input. The
+view at 8 bits is the master itself. K is padded to whole blocks with zero codes.
+
+Letters: N outputs, K inputs, M groups of inputs.
+"""
+
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8, Int32
+
+BLOCK = 128  # inputs
+Planes = tuple[Int32[Array, "..."] | Int8[Array, "..."], ...]  # int8 at 8 bits alone
+
+
+# ------------------------------------------------------------------------------------------------------------- codes
+def switch_codes(codes: Int8[Array, "..."], master: int, bits: int | Int32[Array, "..."]) -> Int8[Array, "..."]:
+    """The codes of a lower width, ties to even, in int8 arithmetic alone.
+
+    Args:
+      codes: of the master.
+      master: its width.
+      bits: the wanted width. A Python int is static; an int32 array, a scalar or one width for each entry of the
+        leading axes, serves every width with one program.
+    """
+    _check_codes("switch_codes", codes, master, bits)
+    if isinstance(bits, int):
+        if bits == master:
+            return codes
+        down, odd = master - bits, 1
+        top, half = ((1 << (bits - 1)) - 1) << down, (1 << (down - 1)) - 1
+    else:
+        wide = over_trailing(bits, codes.ndim).astype(jnp.int8)
+        down = jnp.int8(master) - wide
+        odd = jnp.minimum(down, 1)  # at the master's own width nothing is added and nothing is shifted
+        top, half = ((1 << (wide - 1)) - 1) << down, (1 << jnp.maximum(down - 1, 0)) - 1
+    c = jnp.minimum(codes, top)  # the upper clip, and no overflow below; the lower clip is never needed
+    return (c + half + ((c >> down) & odd)) >> down
+
+
+def scale_at(scale: Float[Array, "..."], master: int, bits: int | Int32[Array, "..."]) -> Float[Array, "..."]:
+    """The scale of the codes at a lower width: times a power of two, exact in every float type."""
+    if isinstance(bits, int):
+        return scale * 2 ** (master - bits)
+    factor = jnp.left_shift(1, master - bits).astype(scale.dtype)
+    return scale * over_trailing(factor, scale.ndim)
+
+
+def over_trailing(x: Array, ndim: int) -> Array:
+    """Give what has one entry for each of the leading axes the trailing axes it needs to broadcast."""
+    return x.reshape(*x.shape, *(1,) * (ndim - x.ndim))
+
+
+def quantise_activations(x: Float[Array, "*lead K"]) -> tuple[Int8[Array, "*lead K"], Float[Array, "*lead 1"]]:
+    """Signed 8-bit codes and a float32 scale, absmax / 127, for each token; a token of zeros has the scale 1."""
+    f = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(f), axis=-1, keepdims=True) / 127
+    scale = jnp.where(scale > 0, scale, 1.0)
+    return jnp.clip(jnp.round(f / scale), -127, 127).astype(jnp.int8), scale
+
+
+# ----------------------------------------------------------------------------------------------------------- packing
+def pack(codes: Int8[Array, "*lead K"], bits: int) -> Planes:
+    """Codes of a width as int32 words, one array a plane; at 8 bits the codes themselves, not copied.
+
+    Codes must be in the range of `bits`; what is above is cut off.
+    """
+    _check_codes("pack", codes, 8, bits)
+    if bits == 8:
+        return (codes,)
+    padded = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % BLOCK)])
+    planes, below = [], bits
+    for w in _plane_widths(bits):
+        below -= w
+        fields = ((padded >> below) & ((1 << w) - 1)).astype(jnp.int32)
+        fields = fields.reshape(*codes.shape[:-1], -1, 32 // w, 4 * w)  # [..., blocks, P, words of a block]
+        fields = fields << _over_words(w * jnp.arange(32 // w, dtype=jnp.int32), fields.ndim)
+        words = jax.lax.reduce(fields, jnp.int32(0), jax.lax.bitwise_or, (fields.ndim - 2,))
+        planes.append(words.reshape(*codes.shape[:-1], -1))
+    return tuple(planes)
+
+
+def unpack(planes: Planes, bits: int, K: int) -> Int8[Array, "*lead K"]:
+    """The codes that were packed, without the padding."""
+    _check_planes(planes, bits, K)
+    if bits == 8:
+        return planes[0]
+    codes: Any = None
+    for w, words in zip(_plane_widths(bits), planes, strict=True):
+        fields = words.reshape(*words.shape[:-1], -1, 1, 4 * w)
+        first = w * jnp.arange(32 // w, dtype=jnp.int32)  # bit
+        if codes is None:  # shifted up and down again, the first plane gets its sign
+            codes = (fields << _over_words(32 - w - first, fields.ndim)) >> (32 - w)
+        else:
+            codes = (codes << w) | ((fields >> _over_words(first, fields.ndim)) & ((1 << w) - 1)).reshape(codes.shape)
+        codes = codes.reshape(*words.shape[:-1], -1)
+    return codes[..., :K].astype(jnp.int8)
+
+
+def repack(codes: Int8[Array, "*lead K"], master: int, bits: int) -> Planes:
+    """From master codes to the packed view of a lower width; integers all the way."""
+    return pack(switch_codes(codes, master, bits), bits)
+
+
+def nbytes(bits: int, N: int, K: int, groups: int = 1) -> int:
+    """Bytes of a view of an `[N, K]` matrix, its bf16 scales included."""
+    width = K if bits == 8 else K + -K % BLOCK
+    return N * width * bits // 8 + 2 * N * groups
+
+
+# ----------------------------------------------------------------------------------------------------------- product
+def reference(
+    x: Float[Array, "*lead K"],
+    codes: Int8[Array, "N K"],
+    scale: Float[Array, "N M"],
+    act: Literal["int8"] | None = None,
+) -> Float[Array, "*lead N"]:
+    """What the product means: exact codes times x, summed in float32 group by group, and only then the scales.
+
+    With `act="int8"` x is quantised for each token and the sums are those of integers, int8 x int8 -> int32.
+    """
+    (N, K), M = codes.shape, scale.shape[1]
+    rows, step, total = x.reshape(-1, K), None, jnp.float32
+    if act == "int8":
+        rows, step = quantise_activations(rows)
+        total = jnp.int32
+    rows, table = rows.reshape(-1, M, K // M), codes.astype(rows.dtype).reshape(N, M, K // M)
+    sums = jnp.einsum("bmk,nmk->mbn", rows, table, preferred_element_type=total).astype(jnp.float32)
+    y = jnp.sum(sums * scale.astype(jnp.float32).T[:, None], axis=0)
+    y = y if step is None else y * step
+    return y.reshape(*x.shape[:-1], N).astype(x.dtype)
+
+
+def qmm(
+    x: Float[Array, "*lead K"],
+    w: Int8[Array, "N K"] | Planes,
+    scale: Float[Array, "N M"],
+    *,
+    bits: int | Int32[Array, ""],
+    master: int = 8,
+    act: Literal["int8"] | None = None,
+) -> Float[Array, "*lead N"]:
+    """`x @ W^T` for W at `bits` bits. Every backend runs the reference today; kernels will be chosen here.
+
+    The gradient in x is that of the dequantised matrix; codes have none.
+
+    Args:
+      x: float32 or bfloat16, and so is the result.
+      w: a packed view of the static width `bits`; or the master codes, which are switched on the way.
+      scale: the master's, float32 or bfloat16, one for each output and group of inputs.
+      bits: the width. With master codes it may be an int32 scalar: one program for all widths.
+      master: the width of the master.
+      act: "int8" quantises x too, for each token.
+    """
+    K = x.shape[-1]
+    if isinstance(w, tuple):
+        if not isinstance(bits, int):
+            raise TypeError(
+                f"qmm: packed words and bits={bits!r}; expected a Python int. Pass the master codes instead."
+            )
+        codes = unpack(w, bits, K)
+    else:
+        codes = switch_codes(w, master, bits)
+    if codes.ndim != 2 or codes.shape[1] != K or scale.ndim != 2 or scale.shape[0] != codes.shape[0]:
+        found = f"x {x.shape}, codes {codes.shape}, scale {scale.shape}"
+        raise ValueError(f"qmm: {found}; expected [..., K], [N, K], [N, M].")
+    if K % scale.shape[1]:
+        raise ValueError(f"qmm: {scale.shape[1]} scales a row for {K} inputs; expected groups of equal size.")
+    if act not in (None, "int8"):
+        raise ValueError(f"qmm: act={act!r}; expected None or 'int8'.")
+    return reference(x, codes, scale_at(scale.astype(jnp.float32), master, bits), act)
+
+
+# ----------------------------------------------------------------------------------------------------------- private
+def _plane_widths(bits: int) -> tuple[int, ...]:
+    return tuple(w for w in (8, 4, 2, 1) if bits & w)
+
+
+def _over_words(shifts: Int32[Array, " P"], ndim: int) -> Int32[Array, "..."]:
+    """One shift a field, for words `[..., P, words]`."""
+    return shifts.reshape(*(1,) * (ndim - 2), -1, 1)
+
+
+def _check_codes(where: str, codes: Array, master: int, bits: Any) -> None:
+    if codes.dtype != jnp.int8:
+        raise TypeError(f"{where}: codes are {codes.dtype}; expected int8.")
+    if not 2 <= master <= 8 or (isinstance(bits, int) and not 2 <= bits <= master):
+        raise ValueError(f"{where}: bits={bits!r}, master={master}; expected 2 <= bits <= master <= 8.")
+    if not isinstance(bits, int) and bits.shape != codes.shape[: bits.ndim]:
+        raise ValueError(f"{where}: bits of shape {bits.shape} for codes {codes.shape}; expected their leading axes.")
+
+
+def _check_planes(planes: Planes, bits: int, K: int) -> None:
+    if not 2 <= bits <= 8:
+        raise ValueError(f"unpack: bits={bits!r}; expected 2 to 8.")
+    blocks = math.ceil(K / BLOCK)
+    want = [K] if bits == 8 else [blocks * 4 * w for w in _plane_widths(bits)]
+    if (found := [p.shape[-1] for p in planes]) != want:
+        raise ValueError(f"unpack: planes of {found} words; expected {want} for {K} inputs at {bits} bits.")
