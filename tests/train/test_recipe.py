@@ -337,6 +337,19 @@ def test_a_head_alone_learns_from_surprisal_and_leaves_the_decoder_as_it_is(targ
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), outcome.params["head"], steps.params["head"])
     assert 0 < moved["last"]["weight"] < 0.1  # it went on from there
 
+    left, calls = tmp_path / "left", []  # the same, stopped behind its first checkpoint and gone on with
+
+    def stop_here(config, frozen, trained):
+        calls.append(0)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        start("orm", settings(target, left, evaluate_every=1, **data), options, evaluate=stop_here)
+    assert resume(left).finished
+    assert files(left / "model" / "reward") == files(tmp_path / "orm" / "model" / "reward")
+
 
 @pytest.mark.optimizer
 def test_a_token_pair_is_trained_in_the_decoder_itself(target, solutions, tmp_path):
