@@ -164,16 +164,21 @@ def test_a_loop_that_was_stopped_ends_as_one_that_was_not(run, home, tmp_path, m
     assert len({x for each in check(1).values() for x in each}) > 2
     check(2)
 
-    with monkeypatch.context() as patch:  # after a step of round 1
-        record, calls = runs.append_records, []
+    with monkeypatch.context() as patch:  # in the third step of round 1
+        make, calls = runs.make_train_step, []
 
-        def terminate(path, records):
-            record(path, records)
-            calls.append(1)
-            if len(calls) == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+        def terminated(*args, **settings):
+            step = make(*args, **settings)
 
-        patch.setattr(runs, "append_records", terminate)
+            def counted(*state):
+                calls.append(1)
+                if len(calls) == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return step(*state)
+
+            return counted
+
+        patch.setattr(runs, "make_train_step", terminated)
         status, _, err = again("stopped")
     assert status == 128 + signal.SIGTERM
     assert "stopped in round 1, step" in err

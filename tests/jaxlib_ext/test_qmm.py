@@ -234,8 +234,9 @@ def test_the_product_at_every_width(shape):
         want = product(x, codes, scale, bits)
         got = static(x, repacked(codes, 8, bits), scale, bits=bits)
         assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)
-        np.testing.assert_array_equal(static(x, codes, scale, bits=bits), got)
-        np.testing.assert_array_equal(traced(x, codes, scale, bits=jnp.int32(bits)), got)
+        for other in (static(x, codes, scale, bits=bits), traced(x, codes, scale, bits=jnp.int32(bits))):
+            # The same codes in another program, whose sums may be of another order.
+            assert np.linalg.norm(other - got) <= 1e-6 * np.linalg.norm(want)
 
 
 def test_one_program_multiplies_at_every_width():
@@ -254,7 +255,7 @@ def test_one_program_multiplies_at_every_width():
 def test_leading_axes_of_activations_stay():
     x, codes, scale = case(8, 256, 6, 2)
     got = static(x.reshape(2, 4, 256), codes, scale, bits=4)
-    np.testing.assert_array_equal(got, static(x, codes, scale, bits=4).reshape(2, 4, 6))
+    np.testing.assert_allclose(got, static(x, codes, scale, bits=4).reshape(2, 4, 6), rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_activations_meet_exact_codes():
@@ -352,4 +353,4 @@ def test_widths_and_shapes_that_mean_nothing_are_refused():
 
 def test_the_reference_is_the_product_of_its_codes():
     x, codes, scale = case(3, 200, 7, 1)
-    np.testing.assert_array_equal(reference(x, codes, scale), static(x, codes, scale, bits=8))
+    np.testing.assert_allclose(reference(x, codes, scale), static(x, codes, scale, bits=8), rtol=1e-5, atol=1e-5)
