@@ -13,4 +13,5 @@ metrics.py     one JSON line a step, and the curve
 data/          where batches come from
 labels/        where labels of steps come from
 objectives/    what is minimised
+precision/     one master for all widths: what each width learns, and which layer gets which
 """
