@@ -123,11 +123,11 @@ def compare_hidden(
     @jax.checkpoint
     def one(part: tuple[Array, Array, Array]) -> Compared:
         h, g, y = part
-        return compare(logits(h, head), logits(g, jax.lax.stop_gradient(teacher_head)), y, cfg.temperature)
+        return compare(logits(h, head), logits(g, teacher_head), y, cfg.temperature)
 
     def cut(x: Any) -> Array:  # [B, T, ...] -> [tiles, B, each, ...], padded with zeros
         x = jnp.pad(x, [(0, 0), (0, -T % each)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, -1, each, *x.shape[2:]), 1, 0)
 
-    tiles = jax.lax.map(one, (cut(student), cut(jax.lax.stop_gradient(teacher)), cut(targets)))
+    tiles = jax.lax.map(one, (cut(student), cut(teacher), cut(targets)))
     return Compared(*(jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T] for x in tiles))
