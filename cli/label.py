@@ -58,7 +58,7 @@ def label_sample(
     from tqdm import tqdm
 
     from ..infer.engine import Engine
-    from ..infer.evaluate import final_answer, same_answer
+    from ..infer.evaluate import final_answer, known_answer, same_answer
     from ..infer.sampling import Sampling
     from ..models.hf import load
     from ..models.tokenizer import load_tokenizer
@@ -92,7 +92,7 @@ def label_sample(
                 for i, output in enumerate(result.outputs):
                     text = output.text or ""
                     steps = [text[a:b] for a, b in split_steps(text)]
-                    right = same_answer(final_answer(text), final_answer(problem["answer"]))
+                    right = same_answer(final_answer(text), known_answer(problem["answer"]))
                     row = {"id": f"{problem['id']}:{i}", "prompt": problem["prompt"], "steps": steps}
                     row |= {"answer": problem["answer"], "outcome": int(right and output.finish_reason == "stop")}
                     if "plan" in problem:
@@ -377,7 +377,7 @@ def _completer(
 ) -> Iterator[tuple[Callable[..., list[list[str]]], Callable[[Mapping[str, Any], str], bool]]]:
     """What draws completions, and what says whether a whole solution is right."""
     from ..infer.engine import Engine
-    from ..infer.evaluate import final_answer, same_answer
+    from ..infer.evaluate import final_answer, known_answer, same_answer
     from ..infer.sampling import Sampling
     from ..models.hf import load
     from ..models.tokenizer import load_tokenizer
@@ -390,7 +390,7 @@ def _completer(
             return [[output.text or "" for output in result.outputs] for result in results]
 
         def check(problem: Mapping[str, Any], text: str) -> bool:
-            return same_answer(final_answer(text), final_answer(problem["answer"]))
+            return same_answer(final_answer(text), known_answer(problem["answer"]))
 
         yield sample, check
 

@@ -96,14 +96,13 @@ def answered(problem: Row, texts: Sequence[str], reasons: Sequence[str]) -> Row:
 
     An answer that was cut or has no final answer is malformed; it is not right, whatever its last line says.
     """
-    from ..infer.evaluate import final_answer, same_answer
+    from ..infer.evaluate import final_answer, known_answer, same_answer
 
     finals = [final_answer(text) for text in texts]
     whole = [final is not None and why == "stop" for final, why in zip(finals, reasons, strict=True)]
     outcomes: list[int | None] = [None] * len(texts)
     if "answer" in problem:
-        gold = final_answer(problem["answer"])
-        gold = final_answer(f"#### {problem['answer']}") if gold is None else gold  # words are an answer too
+        gold = known_answer(problem["answer"])
         outcomes = [int(ok and same_answer(final, gold)) for ok, final in zip(whole, finals, strict=True)]
     return {**problem, "texts": list(texts), "whole": whole, "outcomes": outcomes}
 

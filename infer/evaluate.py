@@ -57,6 +57,11 @@ def final_answer(text: str) -> Fraction | str | None:
     return _value(found[0][0]) if found else None
 
 
+def known_answer(text: str) -> Fraction | str | None:
+    """What a text that is known to be right says: its final answer, or all of it where it marks none, like `yes`."""
+    return _value(text) if (found := final_answer(text)) is None else found
+
+
 def same_answer(a: Fraction | str | None, b: Fraction | str | None) -> bool:
     """Whether two final answers agree; nothing agrees with nothing."""
     return a is not None and a == b
@@ -236,7 +241,7 @@ def _window_nll(
 def _judge(index: int, question: Question, result: Result, samples: int, check) -> tuple[dict[str, Any], bool]:
     if any(o.text is None for o in result.outputs):
         raise ValueError("evaluate_answers: found an answer without text; expected an engine with a tokenizer.")
-    gold = _value(question.answer) if (number := final_answer(question.answer)) is None else number
+    gold = known_answer(question.answer)
     texts, finals = [o.text or "" for o in result.outputs], [final_answer(o.text or "") for o in result.outputs]
     right = [bool(check(question, t)) if check else same_answer(f, gold) for t, f in zip(texts, finals, strict=True)]
     right = [ok and o.finish_reason != "error" for ok, o in zip(right, result.outputs, strict=True)]

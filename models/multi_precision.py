@@ -41,7 +41,7 @@ def quantised_paths(params: Params, rules: QuantRules = DEFAULT_RULES) -> dict[s
     Raises:
       ValueError: if a rule matches no matrix.
     """
-    names = dict.fromkeys(_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
+    names = dict.fromkeys(path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
     return {name: cfg for name, cfg in _assign(tuple(names), rules).items() if cfg is not None}
 
 
@@ -109,6 +109,11 @@ def from_master(
     return _replace(master, rules, one)
 
 
+def path_name(path: tuple[Any, ...]) -> str:
+    """A leaf's path without its layer, `layers/attn/q`, as rules write it."""
+    return "/".join(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
+
+
 # ----------------------------------------------------------------------------------------------------------- private
 class _Leaf(NamedTuple):
     """A quantised leaf."""
@@ -150,10 +155,6 @@ def _width(bits: Bits, leaf: _Leaf, shape: tuple[int, ...]) -> int | Int32[Array
     return jnp.clip(bits, least, most)
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
-
-
 def _assign(names: tuple[str, ...], rules: QuantRules) -> dict[str, QuantConfig | None]:
     matrices = [name for name in names if name.split("/")[-1] in INPUT_AXES]
     for pattern, _ in rules:
@@ -171,10 +172,10 @@ def _replace(tree: Params, rules: QuantRules, one: Callable[[_Leaf], Any], other
     """`one` of every quantised leaf, or entry of a master, and `other` of the rest."""
     stored = lambda node: isinstance(node, dict) and "codes" in node
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stored)
-    chosen = _assign(tuple(dict.fromkeys(_name(path) for path, _ in leaves)), rules)
+    chosen = _assign(tuple(dict.fromkeys(path_name(path) for path, _ in leaves)), rules)
     new = []
     for path, value in leaves:
-        name = _name(path)
+        name = path_name(path)
         cfg = chosen.get(name)
         unrolled = name.startswith("layers/") and isinstance(path[1], jax.tree_util.SequenceKey)
         layer = (path[1].idx, len(tree["layers"])) if unrolled else None

@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 
 from jaxaroo.infer import evaluate
 from jaxaroo.infer.engine import Engine
-from jaxaroo.infer.evaluate import Question, evaluate_answers, evaluate_lm, final_answer, pass_at_k, wilson_interval
+from jaxaroo.infer.evaluate import (
+    Question,
+    evaluate_answers,
+    evaluate_lm,
+    final_answer,
+    known_answer,
+    pass_at_k,
+    wilson_interval,
+)
 from jaxaroo.infer.requests import Answer, RequestError, Result, Timings
 from jaxaroo.infer.sampling import Sampling
 from jaxaroo.models.decoder import DecoderConfig, Model, init_params, logits, unstack_layers
@@ -61,6 +69,17 @@ def test_no_text_breaks_it(text):
     found = final_answer(text)
     assert found is None or isinstance(found, Fraction) or found == " ".join(found.split()) != ""
     assert final_answer(f"{text}\n#### 41.50 $") == Fraction(83, 2)
+
+
+def test_what_is_known_to_be_right_may_be_words():
+    for text, wanted in (
+        ("yes", "yes"),
+        ("14", 14),
+        ("so it is 7\n#### 1/2", Fraction(1, 2)),
+        (" Blue Gum.", "blue gum"),
+    ):
+        assert known_answer(text) == wanted
+    assert final_answer("yes") is None  # of a model such a text is no answer
 
 
 @pytest.mark.parametrize("piece", [*PIECES, ",123", "\na", "\t", "A:1\n", "#### 1\n"])

@@ -82,6 +82,19 @@ def settings(target, out, **changes):
     return RunConfig(**(base | changes))
 
 
+def stop_at(number):
+    """An evaluation that is interrupted when it is called for the `number`th time."""
+    calls = []
+
+    def stop(*args):
+        calls.append(0)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return {}
+
+    return stop
+
+
 @pytest.mark.optimizer
 @pytest.mark.parametrize(
     "name", [n if n in ("eagle", "kangaroo") else pytest.param(n, marks=pytest.mark.proof) for n in KINDS]
@@ -106,16 +119,8 @@ def test_trains_beside_its_target_resumes_to_the_bit_and_serves(target, tmp_path
 
     left = tmp_path / "left"  # the same, stopped behind its first checkpoint and gone on with
 
-    calls = []
-
-    def stop_here(config, frozen, trained):
-        calls.append(0)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return {}
-
     with pytest.raises(KeyboardInterrupt):
-        start(kind, settings(target, left, evaluate_every=1), options, evaluate=stop_here)
+        start(kind, settings(target, left, evaluate_every=1), options, evaluate=stop_at(5))
     assert [p.name for p in (left / "checkpoints").iterdir()] == ["3"]
     assert resume(left).finished
     written = [(d / "model" / "model.safetensors").read_bytes() for d in (whole, left)]
@@ -337,16 +342,9 @@ def test_a_head_alone_learns_from_surprisal_and_leaves_the_decoder_as_it_is(targ
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), outcome.params["head"], steps.params["head"])
     assert 0 < moved["last"]["weight"] < 0.1  # it went on from there
 
-    left, calls = tmp_path / "left", []  # the same, stopped behind its first checkpoint and gone on with
-
-    def stop_here(config, frozen, trained):
-        calls.append(0)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return {}
-
+    left = tmp_path / "left"  # the same, stopped behind its first checkpoint and gone on with
     with pytest.raises(KeyboardInterrupt):
-        start("orm", settings(target, left, evaluate_every=1, **data), options, evaluate=stop_here)
+        start("orm", settings(target, left, evaluate_every=1, **data), options, evaluate=stop_at(5))
     assert resume(left).finished
     assert files(left / "model" / "reward") == files(tmp_path / "orm" / "model" / "reward")
 

@@ -24,8 +24,8 @@ from jaxtyping import Array, Float, Int32, Int64
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from ...models.decoder import Params
-from ...models.multi_precision import DEFAULT_RULES, QuantRules, fake_quantise_tree, quantised_paths
-from .layers import by_layer, layer_of, name_of
+from ...models.multi_precision import DEFAULT_RULES, QuantRules, fake_quantise_tree, path_name, quantised_paths
+from .layers import by_layer, layer_of
 
 SCALE = 1e6  # of the dearest choice: HiGHS stops within an absolute 1e-6 of the optimum, which cannot be set from scipy
 
@@ -147,7 +147,7 @@ def _counts(params: Params, rules: QuantRules) -> dict[str, Int64[np.ndarray, " 
         raise ValueError(f"bit plan: {', '.join(outside)} in no layer; expected rules that leave it float.")
     counts: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if (name := name_of(path)) not in chosen:
+        if (name := path_name(path)) not in chosen:
             continue
         if layer_of(path) is None:
             counts[name] = np.full(leaf.shape[0], leaf.size // leaf.shape[0], np.int64)

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from ...models.decoder import Params
-from .layers import by_layer, name_of
+from ...models.multi_precision import path_name
+from .layers import by_layer
 
 Blocks = dict[str, Float[Array, "..."]]  # group -> [L], or a scalar outside layers
 
@@ -67,7 +68,7 @@ def hessian_trace(
         raise ValueError(f"hessian_trace: samples={samples}, tolerance={tolerance}; expected 1 or more, 0 or more.")
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     group_of = _assign(leaves, groups)
-    chosen = {i: x.astype(jnp.float32) for i, (path, x) in enumerate(leaves) if name_of(path) in group_of}
+    chosen = {i: x.astype(jnp.float32) for i, (path, x) in enumerate(leaves) if path_name(path) in group_of}
 
     def at(moved: dict[int, Array], *batch: Any) -> Float[Array, ""]:
         return loss(structure.unflatten([moved.get(i, leaf) for i, (_, leaf) in enumerate(leaves)]), *batch)
@@ -111,7 +112,7 @@ def hessian_trace(
 # ----------------------------------------------------------------------------------------------------------- private
 def _assign(leaves: list[tuple[Any, Any]], groups: Mapping[str, str] | None) -> dict[str, str]:
     """Path of each leaf that belongs to a group -> its group."""
-    names = dict.fromkeys(name_of(path) for path, x in leaves if jnp.issubdtype(x.dtype, jnp.floating))
+    names = dict.fromkeys(path_name(path) for path, x in leaves if jnp.issubdtype(x.dtype, jnp.floating))
     if groups is None:
         return {name: name for name in names}
     first = {name: next((g for g, rule in groups.items() if re.fullmatch(rule, name)), None) for name in names}

@@ -7,18 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ...models.multi_precision import path_name
+
 Axes = tuple[int, ...]
-
-
-def name_of(path: tuple[Any, ...]) -> str:
-    """A leaf's path without its layer, `layers/attn/q`, as rules and checkpoints write it."""
-    return "/".join(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
 
 
 def layer_of(path: tuple[Any, ...]) -> int | None:
     """Which layer a leaf belongs to where layers are a tuple; None where they are stacked, and outside layers."""
     second: Any = path[1] if len(path) > 1 else None
-    unrolled = name_of(path[:1]) == "layers" and isinstance(second, jax.tree_util.SequenceKey)
+    unrolled = path_name(path[:1]) == "layers" and isinstance(second, jax.tree_util.SequenceKey)
     return second.idx if unrolled else None
 
 
@@ -35,7 +32,7 @@ def by_layer(tree: Any, reduce: Callable[[Array, Axes], Array] = jnp.sum) -> dic
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     found: dict[str, Any] = {}
     for path, leaf in leaves:
-        name = name_of(path)
+        name = path_name(path)
         stacked = name.startswith("layers/") and layer_of(path) is None
         value = reduce(leaf, tuple(range(int(stacked), leaf.ndim)))
         if layer_of(path) is None:
