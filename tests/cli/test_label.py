@@ -110,7 +110,6 @@ def test_steps_are_labelled_by_completions_truth_or_outcome_and_files_can_agree(
     assert [row["id"] for row in rows_of(tmp_path / "kept.jsonl")] == ["a"]
 
 
-@pytest.mark.optimizer
 def test_a_known_answer_may_be_words(run, policy, tmp_path):
     row = {"id": "a", "prompt": "ben has 3 eggs .\n", "steps": ["the answer is yes"], "answer": "Yes"}
     write(tmp_path / "rows.jsonl", [row, {**row, "id": "b", "answer": "no"}])
@@ -119,6 +118,7 @@ def test_a_known_answer_may_be_words(run, policy, tmp_path):
     assert [row["labels"] for row in rows_of(out)] == [[1], [0]]
 
 
+@pytest.mark.optimizer
 def test_feedback_in_words_comes_first_and_labels_second(run, policy, tmp_path):
     assert sample(run, policy, tmp_path / "s.jsonl", "--limit", 8)[0] == 0
     rows = [row for row in rows_of(tmp_path / "s.jsonl") if row["steps"]]
