@@ -28,6 +28,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train prm": train.train_prm,
     "train orm": train.train_orm,
     "train value": train.train_value,
+    "train qat": train.train_qat,
     "train ranked": rounds.train_ranked,
     "train value-rounds": rounds.train_value_rounds,
     "train resume": train.train_resume,

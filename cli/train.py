@@ -21,6 +21,7 @@ SUMMARIES = {
     "prm": "Train a process reward model, which says how good each step of a solution is.",
     "orm": "Train an outcome reward model, which says whether a solution is right.",
     "value": "Train a value model, which says from any token how an answer will end.",
+    "qat": "Train one int8 master that serves at 8, 6, 4 and 2 bits.",
 }
 
 
@@ -114,6 +115,11 @@ def train_orm() -> int:
 
 def train_value() -> int:
     """Train a value model, which says from any token how an answer will end."""
+    raise AssertionError("`main` puts what `train_command` makes in this place")
+
+
+def train_qat() -> int:
+    """Train one int8 master that serves at 8, 6, 4 and 2 bits."""
     raise AssertionError("`main` puts what `train_command` makes in this place")
 
 

@@ -18,6 +18,7 @@ view at 8 bits is the master itself. K is padded to whole blocks with zero codes
 Letters: N outputs, K inputs, M groups of inputs.
 """
 
+import dataclasses
 import math
 from typing import Any, Literal
 
@@ -27,6 +28,25 @@ from jaxtyping import Array, Float, Int8, Int32
 
 BLOCK = 128  # inputs
 Planes = tuple[Int32[Array, "..."] | Int8[Array, "..."], ...]  # int8 at 8 bits alone
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantisedMatrix:
+    """A weight at one width, in the place of its float array; `decoder.project` multiplies by either."""
+
+    planes: Planes  # `[N, words]`; at 8 bits the master codes themselves, in the shape that they have
+    scale: Float[Array, "..."]  # `[out..., M]`, the master's, bfloat16
+    gain: Float[Array, "..."] | None = None  # `[out...]`, of this width, bfloat16
+    bits: int = dataclasses.field(metadata={"static": True})
+    master: int = dataclasses.field(metadata={"static": True})  # width of the master
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # of the weight, [out..., in...]
+    act: Literal["int8"] | None = dataclasses.field(default=None, metadata={"static": True})  # quantise inputs too
+
+    @property
+    def nbytes(self) -> int:
+        """On its device: words, scales and gains."""
+        return sum(x.nbytes for x in jax.tree.leaves(self))
 
 
 # ------------------------------------------------------------------------------------------------------------- codes
@@ -130,6 +150,7 @@ def reference(
     codes: Int8[Array, "N K"],
     scale: Float[Array, "N M"],
     act: Literal["int8"] | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "*lead N"]:
     """What the product means: exact codes times x, summed in float32 group by group, and only then the scales.
 
@@ -144,7 +165,7 @@ def reference(
     sums = jnp.einsum("bmk,nmk->mbn", rows, table, preferred_element_type=total).astype(jnp.float32)
     y = jnp.sum(sums * scale.astype(jnp.float32).T[:, None], axis=0)
     y = y if step is None else y * step
-    return y.reshape(*x.shape[:-1], N).astype(x.dtype)
+    return y.reshape(*x.shape[:-1], N).astype(dtype or x.dtype)
 
 
 def qmm(
@@ -155,18 +176,20 @@ def qmm(
     bits: int | Int32[Array, ""],
     master: int = 8,
     act: Literal["int8"] | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "*lead N"]:
     """`x @ W^T` for W at `bits` bits. Every backend runs the reference today; kernels will be chosen here.
 
     The gradient in x is that of the dequantised matrix; codes have none.
 
     Args:
-      x: float32 or bfloat16, and so is the result.
+      x: float32 or bfloat16.
       w: a packed view of the static width `bits`; or the master codes, which are switched on the way.
       scale: the master's, float32 or bfloat16, one for each output and group of inputs.
       bits: the width. With master codes it may be an int32 scalar: one program for all widths.
       master: the width of the master.
       act: "int8" quantises x too, for each token.
+      dtype: of the result; None is that of x.
     """
     K = x.shape[-1]
     if isinstance(w, tuple):
@@ -184,7 +207,15 @@ def qmm(
         raise ValueError(f"qmm: {scale.shape[1]} scales a row for {K} inputs; expected groups of equal size.")
     if act not in (None, "int8"):
         raise ValueError(f"qmm: act={act!r}; expected None or 'int8'.")
-    return reference(x, codes, scale_at(scale.astype(jnp.float32), master, bits), act)
+    return reference(x, codes, scale_at(scale.astype(jnp.float32), master, bits), act, dtype)
+
+
+def multiply(x: Float[Array, "B K"], w: QuantisedMatrix) -> Float[Array, "B N"]:
+    """`x @ W^T` in float32, for what is added to it; gains come last, as scales do."""
+    N = math.prod(w.shape) // x.shape[-1]
+    planes = tuple(p.reshape(N, -1) for p in w.planes)
+    y = qmm(x, planes, w.scale.reshape(N, -1), bits=w.bits, master=w.master, act=w.act, dtype=jnp.float32)
+    return y if w.gain is None else y * w.gain.astype(jnp.float32).reshape(1, N)
 
 
 # ----------------------------------------------------------------------------------------------------------- private

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .decoder import DecoderConfig, RopeScaling
+from .multi_precision import QuantRules, read_rules
 from .safetensors import CheckpointError, read_json
 
 ARCHITECTURES = {
@@ -21,6 +22,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+QUANT_METHOD = "jaxaroo"  # in `quantization_config`: who else meets it refuses
 _MAX_LAYERS = 10_000  # a config is not trusted to make us count further
 _brief = reprlib.repr  # whatever a file holds, a message stays short
 
@@ -57,8 +59,7 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         found = f"model_type {_brief(kind)} (architectures {_brief(hf.get('architectures'))})"
         raise CheckpointError(f"{where}: {found}; expected one of {', '.join(ARCHITECTURES)}.")
-    if hf.get("quantization_config") is not None:
-        raise CheckpointError(f"{where}: quantization_config; expected plain weights. Use the unquantised model.")
+    read_quantisation(hf, where)
     hf = _DEFAULTS | _FAMILY_DEFAULTS[kind] | dict(hf)
     if (act := hf["hidden_act"]) not in ("silu", "swish"):
         raise CheckpointError(f"{where}: hidden_act {_brief(act)}; expected 'silu'.")
@@ -92,6 +93,22 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
         )
     except ValueError as e:
         raise e if isinstance(e, CheckpointError) else CheckpointError(f"{where}: {e}") from e
+
+
+def read_quantisation(hf: Mapping[str, Any], where: str = "config.json") -> QuantRules:
+    """How the matrices of a master are quantised (`multi_precision.py`), from a `config.json`; () for plain weights."""
+    found = hf.get("quantization_config")
+    if found is None:
+        return ()
+    if not isinstance(found, Mapping) or found.get("quant_method") != QUANT_METHOD or found.get("version") != 1:
+        raise CheckpointError(
+            f"{where}: quantization_config {_brief(found)}; expected plain weights, or {QUANT_METHOD!r} of version 1. "
+            "Use the unquantised model."
+        )
+    try:
+        return read_rules(found.get("matrices"))
+    except ValueError as e:
+        raise CheckpointError(f"{where}: {e}") from e
 
 
 def config_to_hf(cfg: DecoderConfig, dtype: str = "float32") -> dict[str, Any]:

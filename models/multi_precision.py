@@ -9,19 +9,24 @@ counts. Three trees go with one another:
     master    what is stored: `{"codes", "scale"}`, int8 and bfloat16, or with "gain", in the place of each chosen leaf
 
 `fake_quantise_tree(params, scales, bits)` and `from_master(to_master(params, scales), bits)` are the same weights to
-the bit. `jaxlib_ext/qmm.py` multiplies codes without making floats of them.
+the bit. `switch_bits` derives from a master what serves: in the place of each chosen leaf a `QuantisedMatrix`, which
+the decoder multiplies by without ever making floats of it.
 """
 
+import dataclasses
 import difflib
+import functools
+import math
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Int32
 
-from ..jaxlib_ext.qmm import over_trailing, scale_at, switch_codes
+from ..jaxlib_ext.qmm import QuantisedMatrix, over_trailing, repack, scale_at, switch_codes
 from .decoder import Params
 from .quantise import QuantConfig, decode, encode, fake_quantise, init_gain, init_scale, scale_of, snap, spread
 
@@ -109,12 +114,98 @@ def from_master(
     return _replace(master, rules, one)
 
 
+def switch_bits(
+    master: Params,
+    bits: int | Sequence[int],
+    rules: QuantRules = DEFAULT_RULES,
+    *,
+    act: Literal["int8"] | None = None,
+) -> Params:
+    """The model at a width, ready to serve: `decoder.forward` takes it as it takes floats.
+
+    Integers alone, one pass over each master; at 8 bits the codes themselves serve. The master is left
+    as it is, and what is not quantised is the very same array, so several widths of one master can be held at once.
+
+    Args:
+      master: of `to_master` or `hf.load_master`, layers as a tuple.
+      bits: one width for all, or one a layer.
+      rules: those that it was made with.
+      act: "int8" quantises what enters each matrix as well, token by token.
+    """
+    if not isinstance(master["layers"], tuple):
+        raise ValueError("switch_bits: found stacked layers; expected a tuple of layers. Use unstack_layers.")
+    layers = len(master["layers"])
+    each = (bits,) * layers if isinstance(bits, int) else tuple(bits)
+    if len(each) != layers or not all(isinstance(b, int) and 2 <= b <= 8 for b in each):
+        raise ValueError(f"bits: found {bits}; expected a width from 2 to 8, or one for each of {layers} layers.")
+
+    def one(leaf: _Leaf) -> QuantisedMatrix:
+        stored, cfg = leaf.value, leaf.cfg
+        width: Any = _width(each[leaf.layer[0]] if leaf.layer else each[0], leaf, stored["codes"].shape)
+        codes, over = stored["codes"], INPUT_AXES[leaf.name.split("/")[-1]]
+        return QuantisedMatrix(
+            planes=(codes,) if width == 8 else _repack(codes, over=over, master=cfg.master, bits=width),
+            scale=stored["scale"],
+            gain=stored["gain"][..., cfg.gain.index(width)] if width in cfg.gain else None,
+            bits=width,
+            master=cfg.master,
+            shape=codes.shape,
+            act=act,
+        )
+
+    return _replace(master, rules, one)
+
+
+def scale_axes(axes: Params, rules: QuantRules = DEFAULT_RULES) -> Params:
+    """Logical axis names of the tree of `init_scales`, from those of the parameters (`decoder.param_axes`)."""
+    flat = nnx.traversals.flatten_mapping(axes)
+    found: dict[tuple[str, ...], tuple[str | None, ...]] = {}
+    for name, cfg in _assign(tuple("/".join(path) for path in flat), rules).items():
+        if cfg is not None:
+            path = tuple(name.split("/"))
+            found[*path, "rho"] = (*flat[path][: -INPUT_AXES[path[-1]]], None)
+            if cfg.gain:
+                found[*path, "gain"] = found[*path, "rho"]
+    return nnx.traversals.unflatten_mapping(found)
+
+
+def write_rules(params: Params, rules: QuantRules) -> dict[str, Any]:
+    """What rules make of a model's leaves, as JSON: path -> the config of each that is quantised."""
+    return {name: dataclasses.asdict(cfg) for name, cfg in quantised_paths(params, rules).items()}
+
+
+def read_rules(written: Any) -> QuantRules:
+    """The rules of `write_rules`; whatever a file holds, patterns are plain names.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    fields = {f.name for f in dataclasses.fields(QuantConfig)}
+    rules = []
+    for name, entry in written.items() if isinstance(written, Mapping) else [("rules", None)]:
+        if not isinstance(entry, Mapping) or not entry.keys() <= fields or name.split("/")[-1] not in INPUT_AXES:
+            raise ValueError(
+                f"quantisation: found {str(name)[:80]!r}: {str(entry)[:80]}; expected a matrix and its config."
+            )
+        values: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()}
+        try:
+            rules.append((re.escape(name), QuantConfig(**values)))
+        except TypeError as e:
+            raise ValueError(f"quantisation: found {str(entry)[:80]} for {name[:80]!r}; expected numbers.") from e
+    return tuple(rules)
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """A leaf's path without its layer, `layers/attn/q`, as rules write it."""
     return "/".join(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
 
 
 # ----------------------------------------------------------------------------------------------------------- private
+@functools.partial(jax.jit, static_argnames=("over", "master", "bits"))
+def _repack(codes: Array, *, over: int, master: int, bits: int) -> Any:
+    return repack(codes.reshape(-1, math.prod(codes.shape[codes.ndim - over :])), master, bits)
+
+
 class _Leaf(NamedTuple):
     """A quantised leaf."""
 

@@ -51,6 +51,7 @@ _LONG = RopeScaling(kind="llama3", factor=32.0, low_freq=1.0, high_freq=4.0, ori
 PRESETS: dict[str, DecoderConfig] = {
     # Ours. The small ones have room for 256 bytes and 4 special tokens.
     "tiny": _shape(V=260, D=64, F=256, L=3, N=2, K=2, H=32, tie_embeddings=True, max_positions=1024),
+    "1m": _shape(V=260, D=128, F=512, L=4, N=4, K=4, H=32, tie_embeddings=True, max_positions=1024),
     "3m": _shape(V=260, D=256, F=688, L=4, N=8, K=4, H=32, max_positions=2048),
     "100m": _shape(V=32_000, D=768, F=2048, L=12, N=12, K=4, H=64, rope_theta=500_000.0, max_positions=2048),
     # meta-llama/Meta-Llama-3-8B and Llama-3.2-1B

@@ -21,10 +21,12 @@ from ..models import checkpoint, eagle, heads, hf, jakiro, kangaroo, reward
 from ..models.decoder import DecoderConfig, Model, Params, Remat, param_axes, param_shapes
 from ..models.kangaroo import KangarooConfig
 from ..models.lora import LoraConfig, apply_lora, init_lora, lora_axes
+from ..models.multi_precision import init_scales, scale_axes, to_master
 from ..models.reward import RewardConfig, RewardModel
 from ..models.safetensors import CheckpointError, read_json
 from ..models.tokenizer import Tokenizer
 from ..sharding.rules import Rules
+from . import qat
 from .data.formats import Layout
 from .data.pipeline import count_units
 from .data.steps import StepsConfig, encode_steps, step_targets
@@ -39,7 +41,9 @@ from .objectives.eagle import EagleLossConfig
 from .objectives.jakiro import JakiroLossConfig
 from .objectives.labelled import LabelledLossConfig
 from .objectives.specdec_pp import DrafterConfig, SpecDecPPConfig
-from .step import Counts, LossFn
+from .optimizer import OptimizerConfig, make_optimizer
+from .qat import QatOptions
+from .step import Counts, LossFn, Turns
 
 log = logging.getLogger(__name__)
 
@@ -230,6 +234,10 @@ class Recipe(NamedTuple):
     counts: Counts = count_units
     paths: tuple[str, ...] = ()  # options that name folders
     weigh: Callable[[Examples, Any], Examples] = lambda examples, options: examples  # rows, with other weights
+    optimizer: Callable[[Origin, Any, OptimizerConfig, int], Any] = (  # (..., ..., settings, steps of the run)
+        lambda origin, options, settings, steps: make_optimizer(settings, steps)
+    )
+    turns: Callable[[Origin, Any, int], Turns | None] = lambda origin, options, steps: None  # updates of one step
 
 
 def _sft_loss(origin: Origin, options: SftOptions, *, rules: Rules, remat: Remat) -> LossFn:
@@ -488,6 +496,36 @@ class Weighted:
         return {**row, "weight": row.get("weight", 1.0) * float(self.weights[index])}
 
 
+def _qat(origin: Origin, options: QatOptions, lora: LoraConfig | None) -> Trainable:
+    """The weights and their scales; what is written is the master."""
+    if lora is not None:
+        raise ValueError("train qat: adapters='lora'; expected 'none': a master is made of all weights.")
+    rules, axes = qat.quant_rules(origin.config, options), param_axes(origin.config)
+    taught = options.teacher == "fp"
+
+    def init(base: Params, key: jax.Array) -> Params:
+        model = jax.tree.map(lambda w: w + 0.0, base) if taught else base  # a buffer of its own: the teacher stays
+        return {"model": model, "scales": init_scales(base, rules)}
+
+    def write(folder: Path, master: Params) -> None:
+        hf.save(folder, Model(origin.config, master), quant=rules, like=origin.like, overwrite=True)
+        if origin.like is None:
+            origin.tokenizer.save(folder)
+
+    return Trainable(
+        init,
+        axes={"model": axes, "scales": scale_axes(axes, rules)},
+        beside=taught,
+        combine=lambda params, frozen: params | ({"teacher": frozen} if taught else {}),
+        result=lambda params, frozen: to_master(params["model"], params["scales"], rules),
+        write=write,
+    )
+
+
+def _qat_loss(origin: Origin, options: QatOptions, *, rules: Rules, remat: Remat) -> LossFn:
+    return qat.make_loss(origin.config, options, rules=rules, remat=remat)
+
+
 def _no_adapters(lora: LoraConfig | None) -> None:
     if lora is not None:
         raise ValueError("train: adapters='lora' beside a drafter or head; expected 'none': its target is left alone.")
@@ -514,4 +552,15 @@ RECIPES = {
     ),
     "orm": Recipe("steps", _outcome_encoder, RewardOptions, {}, _reward, _reward_loss, labelled.count_units),
     "value": Recipe("unpaired", _LABELLED, RewardOptions, {}, _value, _value_loss, labelled.count_units),
+    "qat": Recipe(
+        "sft",
+        _SFT,
+        QatOptions,
+        {},
+        _qat,
+        _qat_loss,
+        paths=("sensitivity",),
+        optimizer=lambda origin, options, settings, steps: qat.make_optimizer(origin.config, options, settings, steps),
+        turns=lambda origin, options, steps: qat.make_turns(origin.config, options, steps),
+    ),
 }

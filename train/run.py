@@ -42,7 +42,8 @@ from .data.tokenise import Encoded
 from .labels.truth import ArithmeticSolutions, SolutionsConfig
 from .loop import fit
 from .metrics import append_records, forget_after, plot_loss, read_records
-from .optimizer import OptimizerConfig, make_optimizer, make_schedule
+from .optimizer import OptimizerConfig, make_schedule
+from .qat import QatOptions
 from .recipe import (
     RECIPES,
     AcceptanceOptions,
@@ -215,7 +216,7 @@ def alone(out: Path) -> Iterator[None]:
 class _Stored:
     """What config.yaml holds: the options of its own kind, and null for those of others."""
 
-    kind: Literal["sft", "drafter", "early-exit", "acceptance", "judge", "prm", "orm", "value"]
+    kind: Literal["sft", "drafter", "early-exit", "acceptance", "judge", "prm", "orm", "value", "qat"]
     settings: RunConfig
     sft: SftOptions | None = None
     drafter: DrafterOptions | None = None
@@ -225,6 +226,7 @@ class _Stored:
     prm: RewardOptions | None = None
     orm: RewardOptions | None = None
     value: RewardOptions | None = None
+    qat: QatOptions | None = None
 
 
 def _absolute(name: str) -> str:
@@ -245,7 +247,7 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         # 2. Where it begins: at step 0, or at the newest checkpoint that is whole.
         schedule = make_schedule(cfg.optimizer, cfg.steps)
-        tx = make_optimizer(cfg.optimizer, cfg.steps)
+        tx = recipe.optimizer(origin, options, cfg.optimizer, cfg.steps)
         like, create = _begin(cfg, origin, trainable, tx, mesh)
         if jax.process_index() == 0:
             cfg.out.mkdir(parents=True, exist_ok=True)
@@ -279,6 +281,7 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
             ema_decay=cfg.ema,
             schedule=schedule,
             shardings=jax.tree.map(lambda x: x.sharding, like),
+            turns=recipe.turns(origin, options, cfg.steps),
         )
         state = fit(
             state,

@@ -33,9 +33,16 @@ class Term(NamedTuple):
 
 Terms = Mapping[str, Term]
 Metrics = dict[str, Float[Array, ""]]
-LossFn = Callable[[Params, Any, Array], tuple[Terms, Terms]]  # model parameters, batch, key -> terms of loss, metrics
+LossFn = Callable[..., tuple[Terms, Terms]]  # model parameters, batch, key (, turn) -> terms of loss, metrics
 Counts = Callable[[Window], Mapping[str, Array]]
 Step = Callable[[TrainState, Window], tuple[TrainState, Metrics]]
+
+
+class Turns(NamedTuple):
+    """What differs between the updates of one step, such as the width of a network that is trained for several."""
+
+    names: tuple[str, ...]  # one an update, behind the names of its metrics: `nll_8`, `nll_4`
+    draw: Callable[[Array, Array], Any]  # (step, key) -> a tree whose leaves have a leading axis of updates
 
 
 def make_train_step(
@@ -47,30 +54,29 @@ def make_train_step(
     ema_decay: float = 0.0,
     schedule: optax.Schedule | None = None,
     shardings: Any = None,
+    turns: Turns | None = None,
 ) -> Step:
     """Build `step(state, window) -> (state, metrics)`; the buffers of the old state are donated.
 
-    A step whose loss or gradient is not finite changes nothing but the counters. The metrics are the loss, its terms,
-    what `loss_fn` measures (all of them means over the window), the norm of the gradient before clipping, the counts
-    (`tokens`, ...), and how many steps in a row were skipped.
+    An update whose loss or gradient is not finite changes nothing but the counters. The metrics are the loss, its
+    terms, what `loss_fn` measures (all of them means over the window), the norm of the gradient before clipping, the
+    counts (`tokens`, ...), and how many steps in a row were skipped. With turns they are means over the updates, and
+    each update's own stands under its name as well; a step counts as skipped if one of its updates was.
 
     Args:
-      loss_fn: the objective.
-      tx: clips, scales and applies.
+      loss_fn: the objective; with turns its fourth argument is this update's.
+      tx: clips, scales and applies; with turns `update` gets this update's as `turn`.
       counts: of every unit in a window.
       combine: the model's parameters from the trained and the frozen ones.
       ema_decay: of the running mean, if the state keeps one.
       schedule: that of `tx`, to report the learning rate of each step.
       shardings: of the state, for `jax.jit`; its leaves stay where they are if None.
+      turns: make several updates of a step; one program serves all of them.
     """
 
-    def step(state: TrainState, window: Window) -> tuple[TrainState, Metrics]:
-        number = counts(window)
-        share = {unit: 1.0 / jnp.maximum(n, 1).astype(jnp.float32) for unit, n in number.items()}
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-
+    def update(state: TrainState, window: Window, share: Mapping[str, Array], key: Array, *turn: Any):
         def loss_of(params: Params, batch: Any, key: Array) -> tuple[Array, Metrics]:
-            terms, measured = loss_fn(combine(params, state.frozen), batch, key)
+            terms, measured = loss_fn(combine(params, state.frozen), batch, key, *turn)
             parts = {name: _total(term, share) for name, term in terms.items()}
             loss = sum(parts.values(), start=jnp.float32(0))
             metrics = {name: _total(term, share) for name, term in measured.items()}
@@ -79,23 +85,45 @@ def make_train_step(
         (_, metrics), grads = _over_window(jax.value_and_grad(loss_of, has_aux=True), state.params, window, key)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        extra: Any = {"turn": turn[0]} if turn else {}
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
         params: Any = optax.apply_updates(state.params, updates)
         ema = update_ema(state.ema, params, ema_decay) if state.ema else state.ema
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
-        bad = 1 - good.astype(jnp.int32)
         new = state._replace(
+            params=keep(params, state.params), opt_state=keep(opt_state, state.opt_state), ema=keep(ema, state.ema)
+        )
+        return new, metrics | {"grad_norm": norm}, good
+
+    def step(state: TrainState, window: Window) -> tuple[TrainState, Metrics]:
+        number = counts(window)
+        share = {unit: 1.0 / jnp.maximum(n, 1).astype(jnp.float32) for unit, n in number.items()}
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        if turns is None:
+            new, metrics, good = update(state, window, share, key)
+        else:
+            draw_key, key = jax.random.split(key)
+
+            def one(state: TrainState, turn: Any) -> tuple[TrainState, tuple[Metrics, Array]]:
+                i, turn = turn
+                state, metrics, good = update(state, window, share, jax.random.fold_in(key, i), turn)
+                return state, (metrics, good)
+
+            numbered = (jnp.arange(len(turns.names)), turns.draw(state.step, draw_key))
+            new, (each, well) = jax.lax.scan(one, state, numbered)
+            metrics = {name: jnp.mean(x) for name, x in each.items()}
+            metrics |= {f"{name}_{turn}": x[i] for name, x in each.items() for i, turn in enumerate(turns.names)}
+            good = jnp.all(well)
+        bad = 1 - good.astype(jnp.int32)
+        new = new._replace(
             step=state.step + 1,
-            params=keep(params, state.params),
-            opt_state=keep(opt_state, state.opt_state),
-            ema=keep(ema, state.ema),
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
         )
         metrics |= {f"{unit}s": n for unit, n in number.items()}
         if schedule is not None:
             metrics["learning_rate"] = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)
-        return new, metrics | {"grad_norm": norm, "skipped_in_a_row": new.skipped_in_a_row}
+        return new, metrics | {"skipped_in_a_row": new.skipped_in_a_row}
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 

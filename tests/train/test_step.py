@@ -14,7 +14,7 @@ from jaxaroo.sharding.rules import FSDP_TP, shardings_like
 from jaxaroo.train.data.pipeline import Batch, count_units
 from jaxaroo.train.objectives import sft
 from jaxaroo.train.state import TrainState, init_state
-from jaxaroo.train.step import Term, make_train_step
+from jaxaroo.train.step import Term, Turns, make_train_step
 
 CFG = DecoderConfig(
     vocab_size=16, embed_dim=16, ffn_dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, tie_embeddings=True
@@ -304,3 +304,74 @@ def test_it_learns_by_heart():
         state, metrics = step(state, batch)
     assert float(metrics["loss"]) < 0.05
     assert step._cache_size() == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- turns
+def pull(params, batch, key, turn):
+    """Towards each turn's own multiple of the batch; the gradient depends on where the last turn left the weight."""
+    del key
+    value = 0.5 * (params["w"][None] - turn * batch) ** 2
+    ones = jnp.ones_like(value)
+    return {"pull": Term(value, ones, "row")}, {"distance": Term(jnp.sqrt(2 * value), ones, "row")}
+
+
+def by_turn(rate):
+    """Plain descent whose rate falls with the turn's number."""
+
+    def update(grads, state, params=None, *, turn):
+        return jax.tree.map(lambda g: -(rate / turn) * g, grads), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+def turning(values, names=("a", "b", "c")):
+    count = lambda window: {"row": jnp.int32(window.size)}
+    turns = Turns(names, lambda step, key: jnp.asarray(values, jnp.float32) + step.astype(jnp.float32))
+    return make_train_step(pull, by_turn(0.25), count, turns=turns)
+
+
+def test_turns_are_updates_one_after_the_other_on_one_window():
+    window = jnp.asarray([[1.0, 3.0], [0.5, 2.5]])
+    step, state = turning((1.0, 2.0, 4.0)), init_state({"w": jnp.float32(0.3)}, by_turn(0.25))
+    w, batch = np.float64(np.float32(0.3)), np.asarray(window, np.float64).ravel()
+    for number in range(2):
+        losses = []
+        for turn in (1.0 + number, 2.0 + number, 4.0 + number):
+            losses.append(np.mean(0.5 * (w - turn * batch) ** 2))
+            w -= 0.25 / turn * np.mean(w - turn * batch)
+        state, metrics = step(state, window)
+        np.testing.assert_allclose(state.params["w"], w, rtol=1e-5)
+        np.testing.assert_allclose([metrics[f"loss_{n}"] for n in "abc"], losses, rtol=1e-5)
+        np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+        assert {"distance_a", "distance", "grad_norm_c", "rows", "skipped_in_a_row"} <= metrics.keys()
+        assert int(state.step) == number + 1
+
+
+def test_turns_are_one_program():
+    step, state = turning((1.0, 2.0, 4.0)), init_state({"w": jnp.float32(0.3)}, by_turn(0.25))
+    for _ in range(3):
+        state, _ = step(state, jnp.ones((1, 2)))
+    assert step._cache_size() == 1
+
+
+def test_a_turn_that_is_not_finite_is_left_out_alone():
+    step, state = turning((1.0, np.inf, 4.0)), init_state({"w": jnp.float32(0.3)}, by_turn(0.25))
+    state, metrics = step(state, jnp.ones((1, 2)))
+    w = np.float64(np.float32(0.3))
+    for turn in (1.0, 4.0):
+        w -= 0.25 / turn * (w - turn)
+    np.testing.assert_allclose(state.params["w"], w, rtol=1e-5)
+    assert (int(state.step), int(state.skipped), int(metrics["skipped_in_a_row"])) == (1, 1, 1)
+
+
+def test_each_turn_has_a_key_of_its_own():
+    def loss(params, batch, key, turn):
+        value = params["w"] * 0 + jax.random.uniform(key) + 0 * turn
+        return {"u": Term(value, jnp.float32(1), "row")}, {}
+
+    turns = Turns(("a", "b"), lambda step, key: jnp.stack([jax.random.uniform(key)] * 2))
+    count = lambda window: {"row": jnp.int32(1)}
+    step = make_train_step(loss, by_turn(1.0), count, turns=turns)
+    state, first = step(init_state({"w": jnp.float32(0)}, by_turn(1.0)), jnp.ones((1, 1)))
+    _, second = step(state, jnp.ones((1, 1)))
+    assert len({float(m[f"u_{n}"]) for m in (first, second) for n in "ab"}) == 4

@@ -25,15 +25,20 @@ def segment_mask(batch: Batch) -> Bool[Array, "B T T"]:
     return (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, :, None] & before
 
 
+def hidden_states(
+    cfg: DecoderConfig, params: Params, batch: Batch, *, rules: Rules = REPLICATED, remat: Remat = "none"
+) -> Float[Array, "B T D"]:
+    """Run the decoder on packed or padded rows, up to behind the final norm."""
+    positions, mask = batch.positions, segment_mask(batch)
+    return forward(cfg, params, batch.tokens, positions, mask, key_positions=positions, remat=remat, rules=rules).hidden
+
+
 def score_targets(
     cfg: DecoderConfig, params: Params, batch: Batch, *, rules: Rules = REPLICATED, remat: Remat = "none"
 ) -> Scores:
-    """Run the decoder on packed or padded rows; a token sees those before it in its own segment."""
+    """What the decoder says of every target."""
     B, T = batch.tokens.shape
-    positions, mask = batch.positions, segment_mask(batch)
-    hidden = forward(
-        cfg, params, batch.tokens, positions, mask, key_positions=positions, remat=remat, rules=rules
-    ).hidden
+    hidden = hidden_states(cfg, params, batch, rules=rules, remat=remat)
     head = params["embed"] if cfg.tie_embeddings else params["head"]
     stats = token_stats(hidden.reshape(B * T, -1), head.astype(hidden.dtype), batch.targets.reshape(-1))
     return Scores(stats.logp.reshape(B, T), stats.entropy.reshape(B, T), hidden)
