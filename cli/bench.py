@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from ..infer.speculative.settings import SpeculationConfig
-from .output import FloatType, UsageError, dumps
+from .output import Bits, FloatType, UsageError, dumps, load_model
 
 
 def bench_speculative(
@@ -23,6 +23,7 @@ def bench_speculative(
     repeats: int = 3,
     seed: int = 0,
     dtype: FloatType | None = None,
+    bits: Bits | None = None,
     out: Path = Path("bench-speculative"),
 ) -> int:
     """Decode questions plainly and with a drafter, in turns, and report what that changed.
@@ -40,6 +41,7 @@ def bench_speculative(
       repeats: passes of each side that count; one more goes before them.
       seed: of sampling.
       dtype: of weights and activations; float32 on CPU and bfloat16 elsewhere when not given.
+      bits: of a master (`train qat`) the width to serve at, or one a layer; its highest when not given.
       out: folder for the report; an earlier one is replaced.
     """
     import jax
@@ -48,7 +50,6 @@ def bench_speculative(
     from ..infer.sampling import Sampling
     from ..infer.speculative.load import load_speculation
     from ..infer.speculative.measure import markdown, measure, plot_acceptance, read_questions
-    from ..models.hf import load
     from ..models.tokenizer import load_tokenizer
 
     if speculation.drafter is None:
@@ -56,9 +57,9 @@ def bench_speculative(
     if batch < 1 or repeats < 1:
         raise UsageError(f"bench speculative: --batch {batch}, --repeats {repeats}; expected at least 1 of each.")
     questions = read_questions(prompts)[:limit]
-    loaded = load(model, dtype=dtype)
+    loaded, at_width = load_model(model, dtype=dtype, bits=bits)
     tokenizer = load_tokenizer(model)
-    drafting = load_speculation(speculation, loaded.config, tokenizer)
+    drafting = load_speculation(speculation, loaded.config, tokenizer, at_width)
     assert drafting is not None
     sampling = Sampling(temperature=temperature, max_tokens=max_new_tokens, seed=seed)
     with tqdm(total=repeats + 1, desc="passes", disable=None) as bar:

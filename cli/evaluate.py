@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from .output import FloatType, UsageError, dumps
+from .output import Bits, FloatType, UsageError, dumps, load_model, problems
 
 
 def eval_lm(
@@ -17,6 +17,7 @@ def eval_lm(
     batch: int = 8,
     limit: int | None = None,
     dtype: FloatType | None = None,
+    bits: Bits | None = None,
     arithmetic_level: int = 2,
     arithmetic_hi: int = 20,
     json: bool = False,
@@ -32,12 +33,12 @@ def eval_lm(
       batch: windows scored together.
       limit: rows to read at most; 1000 test problems of the embedded task when not given, all of a file.
       dtype: of weights and activations; float32 on CPU and bfloat16 elsewhere when not given.
+      bits: of a master (`train qat`) the width to serve at, or one a layer; its highest when not given.
       arithmetic_level: kind of the embedded problems, 1 to 4.
       arithmetic_hi: size of their numbers.
       json: print one JSON object.
     """
     from ..infer.evaluate import evaluate_lm
-    from ..models.hf import load
     from ..models.tokenizer import load_tokenizer
     from ..train.data.tokenise import encode_sft
 
@@ -46,10 +47,10 @@ def eval_lm(
         text = Path(data).read_text(encoding="utf-8")
         rows, starts, size = [tokenizer.encode(text)], [0], len(text.encode())
     else:
-        encoded = [encode_sft(tokenizer, row) for row in _problems(data, "sft", limit, arithmetic_level, arithmetic_hi)]
+        encoded = [encode_sft(tokenizer, row) for row in problems(data, "sft", limit, arithmetic_level, arithmetic_hi)]
         rows, starts = [e.ids for e in encoded], [int(e.scored.argmax()) for e in encoded]
     report = evaluate_lm(
-        load(model, dtype=dtype),
+        load_model(model, dtype=dtype, bits=bits).model,
         rows,
         window=window,
         stride=stride,
@@ -76,6 +77,7 @@ def eval_answers(
     stop: tuple[str, ...] = (),
     chat: bool = False,
     dtype: FloatType | None = None,
+    bits: Bits | None = None,
     max_seqs: int = 32,
     out: Path | None = None,
     arithmetic_level: int = 2,
@@ -95,6 +97,7 @@ def eval_answers(
       stop: strings that end an answer.
       chat: wrap questions in the model's chat template.
       dtype: of weights and activations; float32 on CPU and bfloat16 elsewhere when not given.
+      bits: of a master (`train qat`) the width to serve at, or one a layer; its highest when not given.
       max_seqs: answers written at the same time.
       out: JSONL file for questions, answers and verdicts.
       arithmetic_level: kind of the embedded problems, 1 to 4.
@@ -104,19 +107,18 @@ def eval_answers(
     from ..infer.engine import Engine
     from ..infer.evaluate import Question, evaluate_answers
     from ..infer.sampling import Sampling
-    from ..models.hf import load
     from ..models.tokenizer import load_tokenizer
 
     if samples > 1 and temperature == 0:
         raise UsageError("eval answers: --samples above 1 needs a --temperature above 0, or all are the same.")
     questions = []
-    for row in _problems(data, "auto", limit, arithmetic_level, arithmetic_hi):
+    for row in problems(data, "auto", limit, arithmetic_level, arithmetic_hi):
         if not isinstance(answer := row.get("answer"), str):
             raise ValueError(f"eval answers: a row of {data} has columns {sorted(row)}; expected an `answer` in text.")
         prompt = [{"role": "user", "content": row["prompt"]}] if chat else row["prompt"]
         questions.append(Question(prompt, answer))
     settings = Sampling(temperature=temperature, max_tokens=max_new_tokens, seed=seed, stop=stop)
-    with Engine(load(model, dtype=dtype), load_tokenizer(model), max_seqs=max_seqs) as engine:
+    with Engine(load_model(model, dtype=dtype, bits=bits).model, load_tokenizer(model), max_seqs=max_seqs) as engine:
         report = evaluate_answers(engine, questions, settings, samples=samples, progress=not json)
     result = {name: value for name, value in report._asdict().items() if name != "rows"}
     if out is not None:
@@ -259,8 +261,7 @@ def eval_best_of_n(
             f"eval best-of-n: --samples {samples}, --temperature {temperature}; expected answers to choose."
         )
     questions = [
-        Question(row["prompt"], row["answer"])
-        for row in _problems(data, "auto", limit, arithmetic_level, arithmetic_hi)
+        Question(row["prompt"], row["answer"]) for row in problems(data, "auto", limit, arithmetic_level, arithmetic_hi)
     ]
     sampling = Sampling(temperature=temperature, max_tokens=max_new_tokens, seed=seed)
     with Engine(hf.load(policy, dtype=dtype), load_tokenizer(policy), max_seqs=max_seqs) as engine:
@@ -317,16 +318,4 @@ def _solutions(data: str, limit: int | None, level: int, hi: int) -> Iterator[An
         examples: Any = ArithmeticSolutions(cfg, "test", limit or 1000)
     else:
         examples = open_examples(Path(data), "steps", progress=True)
-    yield from (examples[i] for i in range(min(len(examples), limit or len(examples))))
-
-
-def _problems(data: str, layout: Any, limit: int | None, level: int, hi: int) -> Iterator[Any]:
-    from ..train.data.arithmetic import ArithmeticConfig, ArithmeticExamples
-    from ..train.data.formats import open_examples
-
-    if data == "builtin:arithmetic":
-        number = 200 if layout == "auto" else 1000
-        examples: Any = ArithmeticExamples(ArithmeticConfig(level=level, hi=hi), "test", limit or number)
-    else:
-        examples = open_examples(Path(data), layout, progress=True)
     yield from (examples[i] for i in range(min(len(examples), limit or len(examples))))

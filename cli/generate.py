@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ..infer.speculative.settings import SpeculationConfig
-from .output import FloatType, UsageError, dumps
+from .output import Bits, FloatType, UsageError, dumps, load_model
+
+KVType = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 
 
 def generate(
@@ -31,6 +33,9 @@ def generate(
     stop: tuple[str, ...] = (),
     ignore_eos: bool = False,
     dtype: FloatType | None = None,
+    bits: Bits | None = None,
+    act: Literal["int8"] | None = None,
+    kv_dtype: KVType | None = None,
     max_len: int | None = None,
     max_seqs: int = 8,
     speculation: Annotated[SpeculationConfig, tyro.conf.arg(name="")] = SpeculationConfig(),
@@ -56,6 +61,10 @@ def generate(
       stop: strings that end an answer.
       ignore_eos: go on past the model's end token.
       dtype: of weights and activations; float32 on CPU and bfloat16 elsewhere when not given.
+      bits: of a master (`train qat`) the width to serve at, or one a layer; its highest when not given.
+      act: of a master, quantise what enters its matrices as well, token by token.
+      kv_dtype: of the keys and values that are kept; int8 and int4 take a half and a quarter of bfloat16's memory, and
+        round; that of the activations when not given.
       max_len: tokens of prompt and answer together.
       max_seqs: sequences decoded at the same time.
       speculation: draft several tokens, judge them at once.
@@ -65,7 +74,6 @@ def generate(
     from ..infer.engine import Engine
     from ..infer.sampling import Sampling
     from ..infer.speculative.load import load_speculation
-    from ..models.hf import load
     from ..models.tokenizer import load_tokenizer
 
     if sum(x is not None for x in (prompt, prompts, tokens)) != 1:
@@ -97,13 +105,19 @@ def generate(
         not (isinstance(p, list) and all(isinstance(t, int) for t in p)) for p in inputs
     )
     tokenizer = load_tokenizer(model) if needs_text or (model / "tokenizer.json").exists() else None
-    loaded = load(model, dtype=dtype, progress=sys.stderr.isatty())
-    drafting = load_speculation(speculation, loaded.config, tokenizer)
+    loaded, at_width = load_model(model, dtype=dtype, bits=bits, act=act, progress=sys.stderr.isatty())
+    drafting = load_speculation(speculation, loaded.config, tokenizer, at_width)
     if drafting is not None and speculate != "off" and not drafting.verifier.lossless:
         print(f"warning: {drafting.verifier.name}: what follows is not the model's own distribution", file=sys.stderr)
     failed, live = False, len(inputs) == n == 1 and not json
     with Engine(
-        loaded, tokenizer, max_len=max_len, max_seqs=max_seqs, speculation=drafting, speculate=speculate
+        loaded,
+        tokenizer,
+        max_len=max_len,
+        max_seqs=max_seqs,
+        kv_dtype=kv_dtype,
+        speculation=drafting,
+        speculate=speculate,
     ) as engine:
         first: str | None = None
         for delta in engine.generate(inputs, sampling, stream=True):

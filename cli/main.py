@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from . import bench, evaluate, files, generate, label, quickstart, rounds, train
+from . import bench, bits, evaluate, files, generate, label, quickstart, rounds, train
 from .output import UsageError
 
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
@@ -39,6 +39,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "label split": label.label_split,
     "eval lm": evaluate.eval_lm,
     "eval answers": evaluate.eval_answers,
+    "eval bits": bits.eval_bits,
     "eval prm": evaluate.eval_prm,
     "eval best-of-n": evaluate.eval_best_of_n,
     "bench speculative": bench.bench_speculative,

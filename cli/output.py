@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
+import tyro
+
+Bits = Annotated[str, tyro.conf.arg(metavar="WIDTH[,WIDTH...]")]
 FloatType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -21,6 +25,68 @@ def dumps(value: Any) -> str:
         raise TypeError(f"{type(x).__name__} is not JSON")
 
     return json.dumps(value, ensure_ascii=False, default=plain)
+
+
+class Loaded(NamedTuple):
+    """A model as a command serves it."""
+
+    model: Any  # models.decoder.Model
+    at_width: Any  # int -> its parameters at that width; None for plain weights
+
+
+def load_model(folder: Path, *, dtype: Any = None, bits: str | None = None, act: Any = None, progress=False) -> Loaded:
+    """Read a model, and switch a master to the width that is asked for: its highest when none is.
+
+    Args:
+      folder: of a Hugging Face checkpoint, or of `train qat`.
+      dtype: of weights and activations.
+      bits: one width, or one a layer with commas between them; of a master alone.
+      act: `int8` quantises what enters the matrices of a master as well.
+      progress: show a bar.
+    """
+    from ..models.hf import load_master
+    from ..models.multi_precision import switch_bits
+
+    model, quant = load_master(folder, dtype=dtype, progress=progress)
+    if not quant:
+        if bits is not None or act is not None:
+            what = "--bits" if bits is not None else "--act"
+            raise ValueError(
+                f"{folder} holds plain weights and {what} is given; expected a master (jaxaroo train qat)."
+            )
+        return Loaded(model, None)
+    at_width = lambda width: switch_bits(model.params, width, quant, act=act)
+    return Loaded(model._replace(params=at_width(8 if bits is None else read_bits(bits))), at_width)
+
+
+def read_bits(text: str) -> int | tuple[int, ...]:
+    """`4`, or `8,4,4,6` for one width a layer."""
+    try:
+        widths = tuple(int(part) for part in text.split(","))
+    except ValueError as e:
+        raise UsageError(f"--bits {text}: expected a width such as 4, or one a layer such as 8,4,4,6.") from e
+    return widths[0] if len(widths) == 1 else widths
+
+
+def problems(data: str, layout: Any, limit: int | None, level: int, hi: int) -> Iterator[Any]:
+    """Rows to measure on: of a file, or test problems of the embedded task.
+
+    Args:
+      data: what the user named.
+      layout: of the rows, see train/data/formats.py.
+      limit: how many at most.
+      level: kind of the embedded problems.
+      hi: size of their numbers.
+    """
+    from ..train.data.arithmetic import ArithmeticConfig, ArithmeticExamples
+    from ..train.data.formats import open_examples
+
+    if data == "builtin:arithmetic":
+        number = 200 if layout == "auto" else 1000
+        examples: Any = ArithmeticExamples(ArithmeticConfig(level=level, hi=hi), "test", limit or number)
+    else:
+        examples = open_examples(Path(data), layout, progress=True)
+    yield from (examples[i] for i in range(min(len(examples), limit or len(examples))))
 
 
 def cut_half_line(path: Path) -> int:

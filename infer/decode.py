@@ -65,7 +65,7 @@ def prefill(
       chunk: positions per forward pass; must divide S. Bounds the memory of the score matrix.
       top_n: alternatives to report per token.
       mode: which distribution is reported, the model's own or the one sampled from.
-      cache_dtype: of keys and values; None is that of the activations.
+      cache_dtype: of keys and values, `int8` and `int4` included; None is that of the activations.
     """
     cache, hidden, _ = read_prompt(cfg, params, tokens, rows.prompt_length, chunk=chunk, cache_dtype=cache_dtype)
     state = begin(cfg, tokens, rows, cache, top_n)

@@ -81,7 +81,7 @@ class Engine:
         *,
         max_len: int | None = None,
         max_seqs: int = 8,
-        kv_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        kv_dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] | None = None,
         logprobs_mode: device.LogprobsMode = "raw",
         seed: int = 0,
         speculation: Speculation | None = None,
@@ -95,7 +95,7 @@ class Engine:
           tokenizer: needed for text, chat and stop strings; token ids work without.
           max_len: tokens per sequence, prompt and answer together; None is what the model was trained for.
           max_seqs: sequences decoded at the same time.
-          kv_dtype: of keys and values; None is that of the activations.
+          kv_dtype: of keys and values, int8 and int4 with a scale a row; None is that of the activations.
           logprobs_mode: report the model's own distribution, or the one sampled from (policy-gradient training).
           seed: of the stream that seeds requests without a seed of their own.
           speculation: a drafter and the rule that judges it. Under the rule `coupled` answers are those of plain

@@ -22,8 +22,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from ..jaxlib_ext.qmm import QuantisedMatrix, multiply
 from ..sharding.rules import REPLICATED, Rules
-from .cache import KVCache, LayerCache, init_cache, write_rows
+from .cache import KVCache, LayerCache, init_cache, read_rows, write_rows
 
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "full"]
@@ -160,11 +161,17 @@ def rms_norm(x: Float[Array, "... D"], gain: Float[Array, " D"], eps: float) -> 
 def project(x: jax.Array, w: nnx.Param, bias: nnx.Param | None = None, *, over: int = 1) -> jax.Array:
     """Multiply the last `over` axes of x by those of an `[out, in]` weight, in x's dtype, accumulating in float32.
 
-    Both are flattened to matrices first: with split heads XLA transposes the weight on every call (CPU).
+    Both are flattened to matrices first: with split heads XLA transposes the weight on every call (CPU). In the place
+    of a weight may stand a `QuantisedMatrix`.
     """
-    batch, out = x.shape[: x.ndim - over], w.shape[: w.ndim - over]
-    rows, table = x.reshape(math.prod(batch), -1), w[...].reshape(math.prod(out), -1)
-    y = jnp.einsum("mi,oi->mo", rows, table.astype(x.dtype), preferred_element_type=jnp.float32).reshape(*batch, *out)
+    batch, out = x.shape[: x.ndim - over], w.shape[: len(w.shape) - over]
+    rows, table = x.reshape(math.prod(batch), -1), w.get_value()
+    if isinstance(table, QuantisedMatrix):
+        y = multiply(rows, table)
+    else:
+        table = table.reshape(math.prod(out), -1).astype(x.dtype)
+        y = jnp.einsum("mi,oi->mo", rows, table, preferred_element_type=jnp.float32)
+    y = y.reshape(*batch, *out)
     return (y if bias is None else y + _over_last(bias[...], y.ndim)).astype(x.dtype)
 
 
@@ -223,7 +230,7 @@ class Attention(nnx.Module):
         k = rotate(k, rope)
         if cache is not None and length is not None:
             cache = write_rows(cache, length, k, v)
-            k, v = cache
+            k, v = read_rows(cache, x.dtype)  # the new rows too, as every later query will see them
         out = attend(q, k, v, mask)
         return project(out, self.o, getattr(self, "o_bias", None), over=2), cache
 
@@ -319,7 +326,7 @@ def stack_layers(params: Params) -> Params:
 
 
 def new_cache(cfg: DecoderConfig, batch: int, capacity: int, dtype: jax.typing.DTypeLike | None = None) -> KVCache:
-    """An empty cache that fits this decoder; `dtype` defaults to that of the activations."""
+    """An empty cache that fits this decoder; `dtype` is that of the activations, or a type of `cache.init_cache`."""
     return init_cache(cfg.num_layers, batch, capacity, cfg.num_kv_heads, cfg.head_dim, dtype or cfg.dtype)
 
 

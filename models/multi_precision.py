@@ -19,10 +19,12 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int32
 
@@ -36,6 +38,7 @@ INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
 Bits = int | Int32[Array, ""] | Int32[Array, " L"]
 QuantRules = tuple[tuple[str, QuantConfig | None], ...]
 MATRICES = r"(.*/)?(attn/[qkvo]|mlp/(gate|up|down))"
+_NAME = r"[\w/]{1,80}"  # of a matrix, as a file may have it
 DEFAULT_RULES: QuantRules = ((MATRICES, QuantConfig()),)
 
 
@@ -116,7 +119,7 @@ def from_master(
 
 def switch_bits(
     master: Params,
-    bits: int | Sequence[int],
+    bits: int | Sequence[int] | Int32[np.ndarray, " L"],
     rules: QuantRules = DEFAULT_RULES,
     *,
     act: Literal["int8"] | None = None,
@@ -128,20 +131,25 @@ def switch_bits(
 
     Args:
       master: of `to_master` or `hf.load_master`, layers as a tuple.
-      bits: one width for all, or one a layer.
+      bits: one width for all, or one a layer. Where rules differ, a matrix that does not reach it has the nearest that
+        it does.
       rules: those that it was made with.
       act: "int8" quantises what enters each matrix as well, token by token.
     """
     if not isinstance(master["layers"], tuple):
         raise ValueError("switch_bits: found stacked layers; expected a tuple of layers. Use unstack_layers.")
     layers = len(master["layers"])
-    each = (bits,) * layers if isinstance(bits, int) else tuple(bits)
-    if len(each) != layers or not all(isinstance(b, int) and 2 <= b <= 8 for b in each):
-        raise ValueError(f"bits: found {bits}; expected a width from 2 to 8, or one for each of {layers} layers.")
+    each = tuple(bits) if isinstance(bits, Sequence | np.ndarray) else (bits,) * layers
+    least = min((cfg.bits[-1] for _, cfg in rules if cfg is not None), default=2)  # else all would have more than said
+    if len(each) != layers or not all(isinstance(b, Integral) and least <= b <= 8 for b in each):
+        raise ValueError(
+            f"bits: found {bits}; expected a width from {least}, the lowest of this master, to 8, or one for each of "
+            f"{layers} layers."
+        )
 
     def one(leaf: _Leaf) -> QuantisedMatrix:
         stored, cfg = leaf.value, leaf.cfg
-        width: Any = _width(each[leaf.layer[0]] if leaf.layer else each[0], leaf, stored["codes"].shape)
+        width: Any = _width(int(each[leaf.layer[0]] if leaf.layer else each[0]), leaf, stored["codes"].shape)
         codes, over = stored["codes"], INPUT_AXES[leaf.name.split("/")[-1]]
         return QuantisedMatrix(
             planes=(codes,) if width == 8 else _repack(codes, over=over, master=cfg.master, bits=width),
@@ -154,6 +162,17 @@ def switch_bits(
         )
 
     return _replace(master, rules, one)
+
+
+def scales_of(master: Params, rules: QuantRules = DEFAULT_RULES) -> Params:
+    """The tree that `to_master` made a master with, snapped: for what is computed from floats and scales together."""
+
+    def one(leaf: _Leaf) -> Params:
+        scale = leaf.value["scale"].astype(jnp.float32)
+        parts = {"rho": jnp.log2(scale) if leaf.cfg.scale_param == "log2" else scale}
+        return parts | ({"gain": leaf.value["gain"].astype(jnp.float32)} if leaf.cfg.gain else {})
+
+    return _only(_replace(master, rules, one, lambda _: None)) or {}
 
 
 def scale_axes(axes: Params, rules: QuantRules = DEFAULT_RULES) -> Params:
@@ -183,15 +202,15 @@ def read_rules(written: Any) -> QuantRules:
     fields = {f.name for f in dataclasses.fields(QuantConfig)}
     rules = []
     for name, entry in written.items() if isinstance(written, Mapping) else [("rules", None)]:
-        if not isinstance(entry, Mapping) or not entry.keys() <= fields or name.split("/")[-1] not in INPUT_AXES:
-            raise ValueError(
-                f"quantisation: found {str(name)[:80]!r}: {str(entry)[:80]}; expected a matrix and its config."
-            )
+        known = re.fullmatch(_NAME, name) and name.split("/")[-1] in INPUT_AXES
+        if not known or not isinstance(entry, Mapping) or not entry.keys() <= fields:
+            raise ValueError(f"quantisation: found {name[:80]!r}: {str(entry)[:80]}; expected a matrix and its config.")
         values: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()}
         try:
             rules.append((re.escape(name), QuantConfig(**values)))
-        except TypeError as e:
-            raise ValueError(f"quantisation: found {str(entry)[:80]} for {name[:80]!r}; expected numbers.") from e
+        except (TypeError, ValueError, OverflowError) as e:  # whose words may hold all that the file does
+            found = f"{str(entry)[:80]} for {name!r}: {str(e)[:160]}"
+            raise ValueError(f"quantisation: found {found}; expected a config of this matrix.") from e
     return tuple(rules)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ...models import checkpoint, eagle, heads, hf, jakiro, kangaroo
-from ...models.decoder import DecoderConfig, unstack_layers
+from ...models.decoder import DecoderConfig, Params, unstack_layers
 from ...models.safetensors import CheckpointError, read_json
 from ...models.tokenizer import Tokenizer
 from . import stop, verify
@@ -25,7 +25,10 @@ Network = DecoderConfig | eagle.EagleConfig | jakiro.JakiroConfig | kangaroo.Kan
 
 
 def load_speculation(
-    cfg: SpeculationConfig, target: DecoderConfig, tokenizer: Tokenizer | None = None
+    cfg: SpeculationConfig,
+    target: DecoderConfig,
+    tokenizer: Tokenizer | None = None,
+    at_width: Callable[[int], Params] | None = None,
 ) -> Speculation | None:
     """Read the drafter and pair it with its rule; None where no drafter is named.
 
@@ -33,6 +36,7 @@ def load_speculation(
       cfg: what the user asks for.
       target: the model that is drafted for.
       tokenizer: its own; needed to read a corpus.
+      at_width: its own parameters at a width, if it has a master (`multi_precision.switch_bits`).
 
     Raises:
       CheckpointError: for a folder that holds no drafter for this target.
@@ -47,6 +51,8 @@ def load_speculation(
         _only(cfg, "aded", ("auto", "dynamic"), drawn=False)
         table = _tri_grams(cfg, target, tokenizer)
         found = Speculation(_aded(cfg), verify.coupled(), table, shorter=_half(cfg, _aded))
+    elif cfg.drafter == "self":
+        found = _narrower(cfg, target, at_width)
     else:
         found = _from_folder(cfg, Path(cfg.drafter), target)
     if cfg.corpus is not None and cfg.drafter != "aded":
@@ -116,6 +122,15 @@ def _from_folder(cfg: SpeculationConfig, folder: Path, target: DecoderConfig) ->
     least = 2 if isinstance(config, jakiro.JakiroConfig) else 1  # its last level is never read
     shorter = _half(cfg, lambda cfg: with_drafter(cfg, config), least)
     return Speculation(drafter, verify.coupled(), drafter_params(cfg, config, params, head), shorter=shorter)
+
+
+def _narrower(cfg: SpeculationConfig, target: DecoderConfig, at_width: Callable[[int], Params] | None) -> Speculation:
+    """The target at fewer bits: one master, whose floats, scales and codes the two share as far as they can."""
+    if at_width is None or cfg.draft_bits is None:
+        raise ValueError("speculation: drafter='self' for plain weights; expected a master (train qat).")
+    make = lambda cfg: with_drafter(cfg, target)
+    params = drafter_params(cfg, target, at_width(cfg.draft_bits), _stop_head(cfg, target))
+    return Speculation(make(cfg), verify.coupled(), params, shorter=_half(cfg, make))
 
 
 def _aded(cfg: SpeculationConfig) -> Drafter:

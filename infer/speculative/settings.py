@@ -9,8 +9,9 @@ class SpeculationConfig:
     """How to decode several tokens a step.
 
     Attributes:
-      drafter: `lookup`, `aded`, or the folder of a drafter or of a smaller model with the same tokenizer; none decodes
-        plainly.
+      drafter: `lookup`, `aded`, `self` for the model's own master at fewer bits, or the folder of a drafter or of a
+        smaller model with the same tokenizer; none decodes plainly.
+      draft_bits: the width that drafts, for `drafter self`.
       corpus: text file whose tri-grams ADED knows from the beginning.
       verifier: which drafts are taken. `coupled` gives the very tokens of plain decoding; `rejection` and `k-seq` keep
         its distribution; `judge` takes more drafts than it, and what comes out is another distribution. `auto` is
@@ -32,6 +33,7 @@ class SpeculationConfig:
     """
 
     drafter: str | None = None
+    draft_bits: int | None = None
     corpus: str | None = None
     verifier: Literal["auto", "coupled", "rejection", "k-seq", "judge"] = "auto"
     judge: str | None = None
@@ -57,6 +59,11 @@ class SpeculationConfig:
         for name in ("eta", "stop_threshold", "judge_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"speculation: {name}={getattr(self, name)}; expected a probability.")
+        if (self.drafter == "self") != (self.draft_bits is not None):
+            raise ValueError(
+                f"speculation: drafter={self.drafter!r}, draft_bits={self.draft_bits}; expected both 'self' and the "
+                "width that drafts, or neither."
+            )
         for folder, name, wanted in (("stop_head", "stop_rule", "head"), ("judge", "verifier", "judge")):
             if getattr(self, folder) is not None and getattr(self, name) != wanted:
                 raise ValueError(

@@ -6,6 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxaroo.infer.engine import Engine
+from jaxaroo.infer.sampling import Sampling
+from jaxaroo.models.hf import load
+
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
@@ -34,6 +38,22 @@ def test_generate_streams_text_and_repeats_with_a_seed(run, speaking):
     assert len(row["token_ids"]) == 20
     _, ids, _ = run("generate", "--model", GOLDENS / "llama_f16", "--tokens", "1,2", "--max-new-tokens", 3)
     assert len(ids.split()) == 3
+
+
+def test_generate_keeps_keys_and_values_as_it_is_told(run):
+    """At 4 bits another text than with floats, that of the engine, and no other with drafts."""
+    model = load(GOLDENS / "qwen3", dtype="float32")
+    with Engine(model, kv_dtype="int4") as engine:
+        [result] = engine.generate([5, 6, 7, 5, 6], Sampling(temperature=0.0, max_tokens=30))
+    argv = ("generate", "--model", GOLDENS / "qwen3", "--tokens", "5,6,7,5,6", "--max-new-tokens", 30)
+    said = {}
+    for options in ((), ("--kv-dtype", "int4"), ("--kv-dtype", "int4", "--drafter", "lookup", "--speculate", "on")):
+        status, out, err = run(*argv, "--temperature", 0, "--json", *options)
+        assert (status, err) == (0, "")
+        said[options] = json.loads(out)["token_ids"]
+    floats, codes, drafted = said.values()
+    assert codes == drafted == result.outputs[0].token_ids
+    assert codes != floats
 
 
 def test_generate_answers_a_file_of_prompts_and_reports_the_bad_ones(run, speaking, tmp_path):
@@ -89,6 +109,7 @@ def test_a_malformed_line_is_named(run, speaking, tmp_path, content, message):
         (["generate", "--model", "no-such-folder", "--prompt", "a"], 1, "no-such-folder"),
         (["generate", "--model", "{g}", "--prompt", "a"], 1, "tokenizer.json"),
         (["generate", "--model", "{g}", "--tokens", "1", "--chat"], 2, "--chat"),
+        (["generate", "--model", "{g}", "--tokens", "1", "--kv-dtype", "int5"], 2, "int5"),
         (["info", "{m}/none"], 1, "config.json"),
         (["convert", "{m}", "{m}"], 2, "source and target are both"),
         (["convert", "{m}", "{g}"], 1, "expected a new or empty folder"),

@@ -6,12 +6,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxaroo.infer.decode import FULL, INVALID, RUNNING, STOPPED, Rows, decode, insert, prefill, score_prompt
 from jaxaroo.infer.sampling import Sampling, gumbel, pack_sampling
 from jaxaroo.models import hf
-from jaxaroo.models.decoder import logits
+from jaxaroo.models.decoder import DecoderConfig, Model, forward, init_params, lm_head, logits, unstack_layers
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 S = 64
@@ -207,6 +208,69 @@ def test_the_state_is_donated():
     decode(*model, state, rows, np.zeros(4, bool), np.int32(1))
     assert state.cache.layers[0].k.is_deleted()
     assert state.tokens.is_deleted()
+
+
+# ---------------------------------------------------------------------------------------------- caches of 8 and 4 bits
+COPYIST = DecoderConfig(
+    vocab_size=16, embed_dim=32, ffn_dim=48, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, max_positions=64
+)
+PERIOD = 4
+
+
+@functools.cache
+def copyist():
+    """A decoder that has learned to go on with a pattern: it has to read the right rows, and roughly will do."""
+    order = lambda key: jax.random.permutation(key, COPYIST.vocab_size)[:PERIOD]
+
+    def loss(params, key):
+        x = jnp.tile(jax.vmap(order)(jax.random.split(key, 32)), (1, 8))
+        hidden = forward(COPYIST, params, x, jnp.broadcast_to(jnp.arange(32)[None], x.shape)).hidden
+        logp = jax.nn.log_softmax(lm_head(COPYIST, params, hidden)[:, PERIOD - 1 : -1])
+        return -jnp.mean(jnp.take_along_axis(logp, x[:, PERIOD:, None], axis=-1))
+
+    @jax.jit
+    def train(params):
+        adam = optax.adam(1e-2)
+
+        def step(carry, key):
+            update, state = adam.update(jax.grad(loss)(carry[0], key), carry[1], carry[0])
+            return (optax.apply_updates(carry[0], update), state), None
+
+        return jax.lax.scan(step, (params, adam.init(params)), jax.random.split(jax.random.key(1), 400))[0][0]
+
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes types on purpose
+        return Model(COPYIST, unstack_layers(train(init_params(COPYIST, jax.random.key(0)))))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
+def test_a_trained_model_writes_the_same_at_8_and_4_bits(dtype):
+    """Patterns of tokens that do not repeat, begun at different places; the right answer is known."""
+    rng = np.random.default_rng(0)
+    patterns = [rng.permutation(16)[:PERIOD].tolist() for _ in range(8)]
+    prompts = [(p * 3)[: PERIOD + i] for i, p in enumerate(patterns)]
+    tokens, rows = pack(prompts, [Sampling(temperature=0.0, max_tokens=18)] * 8, vocab=16)
+    state = prefill(*copyist(), tokens, rows, chunk=16, cache_dtype=dtype)
+    state = decode(*copyist(), state, rows, np.zeros(8, bool), np.int32(1000))
+    kinds = {str(a.dtype) for a in jax.tree.leaves(state.cache.layers)}
+    assert kinds == ({"float32"} if dtype == "float32" else {"uint8", "bfloat16"})
+    assert lines(state) == [(p * 9)[: PERIOD + i + 18] for i, p in enumerate(patterns)]
+
+
+def test_a_step_takes_as_much_less_memory_as_the_cache():
+    cfg = DecoderConfig(
+        vocab_size=16, embed_dim=8, ffn_dim=8, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=128, max_positions=64
+    )
+    params = jax.eval_shape(lambda: unstack_layers(init_params(cfg, jax.random.key(0))))
+    tokens, rows = pack([[1], [2]], [Sampling(temperature=0.0, max_tokens=9)] * 2, vocab=16)
+    taken = {}
+    for dtype in ("bfloat16", "int8", "int4"):
+        begin = functools.partial(prefill, cfg, chunk=16, cache_dtype=dtype)
+        state = jax.eval_shape(begin, params, tokens, rows)
+        step = decode.lower(cfg, params, state, rows, np.zeros(2, bool), np.int32(1)).compile()
+        taken[dtype] = step.memory_analysis().argument_size_in_bytes
+    rows_kept = 2 * 2 * 2 * S * 2  # keys and values, layers, sequences, slots, heads
+    assert taken["bfloat16"] - taken["int8"] == rows_kept * (2 * 128 - (128 + 4))
+    assert taken["bfloat16"] - taken["int4"] == rows_kept * (2 * 128 - (64 + 4))
 
 
 @pytest.mark.parametrize("chunk", [16, 64])

@@ -20,8 +20,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from ...models.decoder import Params
-from ...models.multi_precision import path_name
+from ...models.decoder import DecoderConfig, Params
+from ...models.multi_precision import QuantRules, path_name, quantised_paths
+from ..data.pipeline import Batch
+from ..objectives import sft
 from .layers import by_layer
 
 Blocks = dict[str, Float[Array, "..."]]  # group -> [L], or a scalar outside layers
@@ -107,6 +109,29 @@ def hessian_trace(
     n = count.astype(jnp.float32)
     error = jax.tree.map(lambda s: jnp.where(n > 1, jnp.sqrt(s / (n * jnp.maximum(n - 1, 1.0))), jnp.inf), squares)
     return Traces(mean, error, count)
+
+
+def matrix_traces(
+    config: DecoderConfig, params: Params, rules: QuantRules, batches: Batch, key: Array, *, samples: int = 50
+) -> Traces:
+    """How sensitive each quantised matrix of a decoder is in each layer: `hessian_trace` of the mean loss of a token.
+
+    Args:
+      config: the decoder.
+      params: its float weights, layers stacked.
+      rules: which matrices.
+      batches: every leaf with a leading axis of batches.
+      key: of the signs.
+      samples: products with the Hessian at most.
+    """
+    objective = sft.make_loss(config, remat="full")
+
+    def loss(params: Params, batch: Batch) -> Float[Array, ""]:
+        term = objective(params, batch, key)[0]["nll"]
+        return jnp.sum(term.value * term.weight) / jnp.maximum(jnp.sum(batch.mask), 1)
+
+    groups = {name: re.escape(name) for name in quantised_paths(params, rules)}
+    return hessian_trace(loss, params, key, groups=groups, samples=samples, batches=batches)
 
 
 # ----------------------------------------------------------------------------------------------------------- private
