@@ -51,9 +51,7 @@ def load_model(folder: Path, *, dtype: Any = None, bits: str | None = None, act:
     if not quant:
         if bits is not None or act is not None:
             what = "--bits" if bits is not None else "--act"
-            raise ValueError(
-                f"{folder} holds plain weights and {what} is given; expected a master (jaxaroo train qat)."
-            )
+            raise ValueError(f"{what}: {folder} holds plain weights; expected a master (jaxaroo train qat).")
         return Loaded(model, None)
     at_width = lambda width: switch_bits(model.params, width, quant, act=act)
     return Loaded(model._replace(params=at_width(8 if bits is None else read_bits(bits))), at_width)
