@@ -3,11 +3,12 @@
 main.py        which command is which, and how failures are told
 output.py      what commands share: exit by misuse, JSON
 generate.py    continue prompts
-files.py       convert and describe checkpoints
+files.py       convert, quantise and describe checkpoints
 train.py       begin and resume runs
 rounds.py      generation and training by turns
 label.py       solutions to learn from, and how good their steps are
 evaluate.py    perplexity, right answers, how good a reward model is and what it chooses
+bits.py        what each width of a master is worth
 bench.py       faster methods beside plain decoding
 quickstart.py  two tiny models from nothing
 """

@@ -20,6 +20,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "generate": generate.generate,
     "convert": files.convert,
     "info": files.info,
+    "quantise": files.quantise,
     "train sft": train.train_sft,
     "train drafter": train.train_drafter,
     "train early-exit": train.train_early_exit,

@@ -3,6 +3,7 @@
 run.py         a run from its settings to its model, and back to it after a stop; begin reading here
 rounds.py      a model learns from its own answers, in rounds
 recipe.py      what kinds of runs there are
+qat.py         settings of joint quantisation-aware training, and what they make of a decoder
 config.py      settings as YAML, checked
 state.py       what changes from step to step
 step.py        one jitted step for every objective: loss, gradients, update
