@@ -1,17 +1,18 @@
 """What one master for all widths costs, beside a model trained for each width; and what ALRS and HASB add.
 
-A decoder of a million weights learns the embedded task in floats. From there, for each seed:
+A decoder of a million weights learns the solutions of GSM8K in floats, byte by byte. From there, for each seed:
 
     joint      one master for 8, 6, 4 and 2 bits, every width in every step
     no alrs    the same, scales learning at one rate
     hasb       the same, layers drawing widths of their own ever more often
     8, 6, 4, 2 a model for each width, as many steps
 
-All learn from the data alone, at the same rates and in the same order. Quality is the likelihood of solutions that
-no model has seen, and greedy accuracy on as many problems. HASB is compared with `joint` at equal average bits: both
-serve the plans that are best for each by its own Hessian.
+All learn from the data alone, at the same rates. A seed orders the data, and is the same for all arms. Quality is the
+likelihood of solutions to questions of the test set. HASB is compared with `joint` at equal average bits: both serve
+the plans that are best for each by its own Hessian.
 
-    python -m benchmarks.multi_precision --work FOLDER        (what FOLDER holds already is not made again)
+    python -m benchmarks.multi_precision --data FOLDER --work FOLDER      (FOLDER of GSM8K's train.jsonl and test.jsonl;
+                                                                           what is made already is not made again)
 """
 
 import argparse
@@ -25,28 +26,10 @@ from typing import Any
 from benchmarks import record
 from benchmarks.policy import command
 
-WIDTHS = (8, 6, 4, 2)
-ROWS = "--data builtin:arithmetic --batch.size 16 --batch.max-length 128 --checkpoint.every 100000".split()  # noqa: SIM905
-FLOAT = [
-    "--model",
-    "preset:1m",
-    "--steps",
-    "2500",
-    "--optimizer.learning-rate",
-    "2e-3",
-    "--optimizer.warmup-steps",
-    "50",
-]
-QAT = [
-    "--optimizer.learning-rate",
-    "2e-4",
-    "--optimizer.warmup-steps",
-    "10",
-    "--scale-rate",
-    "1e-3",
-    "--teacher",
-    "none",
-]
+WIDTHS, PLANS = (8, 6, 4, 2), 7
+ROWS = "--batch.size 8 --batch.max-length 320 --checkpoint.every 100000".split()  # noqa: SIM905
+FLOAT = "--model preset:1m --steps 2000 --optimizer.learning-rate 2e-3 --optimizer.warmup-steps 50".split()  # noqa: SIM905
+QAT = "--optimizer.learning-rate 2e-4 --optimizer.warmup-steps 10 --scale-rate 1e-3 --teacher none".split()  # noqa: SIM905
 ARMS: dict[str, list[str]] = {
     "joint": [],
     "no alrs": ["--alrs", "off"],
@@ -57,48 +40,45 @@ ARMS: dict[str, list[str]] = {
 
 def main() -> None:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args.add_argument("--data", type=Path, required=True, help="folder of GSM8K's files")
     args.add_argument("--work", type=Path, required=True, help="folder for what is made")
     args.add_argument("--seeds", type=int, default=3)
-    args.add_argument("--steps", type=int, default=300)
-    args.add_argument("--problems", type=int, default=1000)
+    args.add_argument("--steps", type=int, default=250)
+    args.add_argument("--rows", type=int, default=400, help="test solutions to score")
     opts = args.parse_args()
     result: dict[str, Any] = {"benchmark": "multi_precision", "environment": record.environment()}
     result |= {"float": [*FLOAT, *ROWS], "settings": [*QAT, *ROWS, "--steps", str(opts.steps)], "arms": ARMS}
     opts.work.mkdir(parents=True, exist_ok=True)
-    plain = opts.work / "float" / "model"
-    train("sft", opts.work / "float", [*FLOAT, *ROWS])
-    result["seeds"] = [one_seed(opts, plain, seed) for seed in range(opts.seeds)]
+    for name in ("train", "test"):
+        solutions = [json.loads(line)["answer"] for line in (opts.data / f"{name}.jsonl").read_text().splitlines()]
+        rows = [json.dumps({"prompt": "\n", "completion": text}) + "\n" for text in solutions]
+        (opts.work / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    plain = opts.work / "float"
+    train("sft", plain, [*FLOAT, *ROWS, "--data", str(opts.work / "train.jsonl")])
+    result["seeds"] = [one_seed(opts, plain / "model", seed) for seed in range(opts.seeds)]
     result["summary"] = summary(result["seeds"])
     print(json.dumps(result["summary"], indent=1))
-    record.save("multi-precision-arithmetic-cpu", result)
+    record.save("multi-precision-gsm8k-cpu", result)
 
 
 def one_seed(opts: argparse.Namespace, plain: Path, seed: int) -> dict[str, Any]:
     """Train every arm, and measure it."""
     found: dict[str, Any] = {}
-    folder = lambda arm: opts.work / f"{arm.replace(' ', '-')}-{seed}"
-    common = ["--model", str(plain), *ROWS, *QAT, "--steps", str(opts.steps), "--seed", str(seed)]
+    common = ["--model", str(plain), "--data", str(opts.work / "train.jsonl"), *ROWS, *QAT]
+    common += ["--steps", str(opts.steps), "--seed", str(seed)]
     for arm, settings in ARMS.items():
+        name = f"{arm.replace(' ', '-')}-{seed}"
+        report = opts.work / f"bits-{name}"
         more = ["--sensitivity", str(opts.work / f"bits-joint-{seed}" / "bits.json")] if arm == "hasb" else []
-        train("qat", folder(arm), [*common, *settings, *more])
-        ask = [
-            "--model",
-            folder(arm) / "model",
-            "--data",
-            "builtin:arithmetic",
-            "--out",
-            opts.work / f"bits-{arm.replace(' ', '-')}-{seed}",
-        ]
-        ask += ["--limit", opts.problems, "--questions", opts.problems, "--repeats", 0]
-        if arm in ("joint", "hasb"):
-            ask += ["--plans", 5]
-        if arm == "joint" and seed == 0:
-            ask += ["--plain", plain]
-        report = opts.work / f"bits-{arm.replace(' ', '-')}-{seed}" / "bits.json"
-        if not report.exists():
-            command("eval", "bits", *ask, "--json")
-        found[arm] = json.loads(report.read_text())
-        print(arm, seed, [(e["name"], round(e["nats"], 5), e["accuracy"]) for e in found[arm]["measured"]], flush=True)
+        train("qat", opts.work / name, [*common, *settings, *more])
+        ask: list[Any] = ["--model", opts.work / name / "model", "--data", opts.work / "test.jsonl", "--out", report]
+        ask += ["--limit", opts.rows, "--questions", 0, "--repeats", 0]
+        ask += ["--plans", PLANS] if arm in ("joint", "hasb") else []
+        ask += ["--plain", plain] if arm == "joint" and not seed else []
+        if not (report / "bits.json").exists():
+            command("eval", "bits", *ask)
+        found[arm] = json.loads((report / "bits.json").read_text())
+        print(arm, seed, [(e["name"], round(e["perplexity"], 4)) for e in found[arm]["measured"]], flush=True)
     return found
 
 
@@ -113,34 +93,34 @@ def train(kind: str, out: Path, settings: list[str]) -> None:
 def summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over the seeds, with half of a 95 % interval (Student's t)."""
     at = lambda found, arm, name: next(e for e in found[arm]["measured"] if e["name"] == name)
-    table: dict[str, Any] = {"widths": {}, "alrs": {}, "plans": {}}
+    more = lambda a, b: 100 * (a["perplexity"] / b["perplexity"] - 1)
+    table: dict[str, Any] = {"float": at(seeds[0], "joint", "float")["perplexity"], "widths": {}, "plans": []}
     for b in WIDTHS:
         name = f"{b} bits"
         rows = {arm: [at(found, arm, name) for found in seeds] for arm in ("joint", "no alrs", "hasb", str(b))}
-        for arm, entries in rows.items():
-            label = "alone" if arm == str(b) else arm
-            table["widths"].setdefault(name, {})[label] = {
-                "nats": interval([e["nats"] for e in entries]),
-                "accuracy": interval([e["accuracy"] for e in entries]),
+        row: dict[str, Any] = {arm: interval([e["perplexity"] for e in entries]) for arm, entries in rows.items()}
+        row["joint above alone, percent"] = interval(
+            [more(a, o) for a, o in zip(rows["joint"], rows[str(b)], strict=True)]
+        )
+        row["no alrs above joint, percent"] = interval(
+            [more(o, a) for a, o in zip(rows["joint"], rows["no alrs"], strict=True)]
+        )
+        row["hasb above joint, percent"] = interval(
+            [more(o, a) for a, o in zip(rows["joint"], rows["hasb"], strict=True)]
+        )
+        table["widths"][name] = row
+    served = lambda found, arm: {e["average_bits"]: e for e in found[arm]["measured"] if e["kind"] == "plan"}
+    each = [(served(found, "joint"), served(found, "hasb")) for found in seeds]
+    for bits in sorted(set.intersection(*({*plans} for pair in each for plans in pair))):
+        pairs = [(uniform[bits], hasb[bits]) for uniform, hasb in each]
+        table["plans"].append(
+            {
+                "average_bits": bits,
+                "joint": interval([u["perplexity"] for u, _ in pairs]),
+                "hasb": interval([h["perplexity"] for _, h in pairs]),
+                "hasb above joint, percent": interval([more(h, u) for u, h in pairs]),
             }
-        both = list(zip(rows["joint"], rows[str(b)], strict=True))
-        table["widths"][name]["tax"] = {
-            "perplexity_percent": interval([100 * (a["perplexity"] / o["perplexity"] - 1) for a, o in both]),
-            "accuracy_points": interval([100 * (o["accuracy"] - a["accuracy"]) for a, o in both]),
-        }
-        both = list(zip(rows["joint"], rows["no alrs"], strict=True))
-        table["alrs"][name] = interval([o["nats"] - a["nats"] for a, o in both])  # above 0: ALRS is better
-    for arm in ("joint", "hasb"):
-        for i in range(5):
-            plans = [[e for e in found[arm]["measured"] if e["kind"] == "plan"] for found in seeds]
-            entries = [p[i] for p in plans if i < len(p)]
-            table["plans"].setdefault(arm, []).append(
-                {
-                    "average_bits": statistics.mean(e["average_bits"] for e in entries),
-                    "nats": interval([e["nats"] for e in entries]),
-                    "accuracy": interval([e["accuracy"] for e in entries]),
-                }
-            )
+        )
     return table
 
 
