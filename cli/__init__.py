@@ -6,6 +6,7 @@ generate.py    continue prompts
 files.py       convert, quantise and describe checkpoints
 train.py       begin and resume runs
 rounds.py      generation and training by turns
+vision.py      ResNet-20 at several widths, GhostNetV3
 label.py       solutions to learn from, and how good their steps are
 evaluate.py    perplexity, right answers, how good a reward model is and what it chooses
 bits.py        what each width of a master is worth

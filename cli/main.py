@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from . import bench, bits, evaluate, files, generate, label, quickstart, rounds, train
+from . import bench, bits, evaluate, files, generate, label, quickstart, rounds, train, vision
 from .output import UsageError
 
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
@@ -32,6 +32,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train qat": train.train_qat,
     "train ranked": rounds.train_ranked,
     "train value-rounds": rounds.train_value_rounds,
+    "train resnet20": vision.train_resnet20,
+    "train ghostnet": vision.train_ghostnet,
     "train resume": train.train_resume,
     "label sample": label.label_sample,
     "label steps": label.label_steps,
@@ -60,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
             commands[name] = train.train_command(kind, args[2:])
         elif name in commands and kind in rounds.SUMMARIES:
             commands[name] = rounds.rounds_command(kind)
+        elif name in commands and kind in vision.SUMMARIES:
+            commands[name] = vision.vision_command(kind)
         if name in commands:
             args = [" ".join(args[:2]), *args[2:]]
         elif any(name.startswith(f"{args[0]} ") for name in commands if args):  # `jaxaroo train`, and typos behind it

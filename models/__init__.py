@@ -16,6 +16,9 @@ presets.py      the sizes of known models
 eagle.py        EAGLE's drafter
 jakiro.py       Jakiro's: two experts
 kangaroo.py     Kangaroo's: an adapter on the first layers
+vision.py       what the two vision networks share: convolution, batch norm, folders
+resnet.py       ResNet for small images, at several widths from one master
+ghostnet.py     GhostNetV3: branches in training, one kernel in use
 heads.py        heads on hidden states: will this draft be accepted, is this token good
 checkpoint.py   folders of small networks that stand beside a target
 tokenizer.py    text to tokens and back, and chat templates

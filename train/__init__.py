@@ -2,6 +2,8 @@
 
 run.py         a run from its settings to its model, and back to it after a stop; begin reading here
 rounds.py      a model learns from its own answers, in rounds
+vision.py      runs of the vision models
+statistics.py  running statistics in a training state
 recipe.py      what kinds of runs there are
 qat.py         settings of joint quantisation-aware training, and what they make of a decoder
 config.py      settings as YAML, checked

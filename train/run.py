@@ -211,6 +211,29 @@ def alone(out: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], int | None]]:
+    """The first Ctrl-C or SIGTERM asks the run to save and leave; a second Ctrl-C ends it at once."""
+    got: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
+        yield lambda: None
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if got and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        got.append(number)  # and no logging: this may be in the middle of some
+        os.write(2, f"\n{signal.Signals(number).name}: saving after this step, then leaving\n".encode())
+
+    ours = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()  # else see `_preempted`
+    before = {number: signal.signal(number, ask) for number in ours}
+    try:
+        yield lambda: got[0] if got else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # ----------------------------------------------------------------------------------------------------------- private
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Stored:
@@ -272,7 +295,7 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
             batches.set_state(found.data["streams"])
         # 3. The way from there.
         record = _recorder(cfg, int(state.step), board, stack)
-        stopped = stack.enter_context(_stop_signals())
+        stopped = stack.enter_context(stop_signals())
         step = make_train_step(
             recipe.make_loss(origin, options, rules=RULES, remat=cfg.remat),
             tx,
@@ -471,29 +494,6 @@ def _evaluator(cfg: RunConfig, origin: Origin, begin: int, evaluate: Evaluate | 
         log.info("step %d: %s", int(state.step), found)
 
     return measure
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], int | None]]:
-    """The first Ctrl-C or SIGTERM asks the run to save and leave; a second Ctrl-C ends it at once."""
-    got: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
-        yield lambda: None
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if got and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        got.append(number)  # and no logging: this may be in the middle of some
-        os.write(2, f"\n{signal.Signals(number).name}: saving after this step, then leaving\n".encode())
-
-    ours = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()  # else see `_preempted`
-    before = {number: signal.signal(number, ask) for number in ours}
-    try:
-        yield lambda: got[0] if got else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _preempted(step: int) -> bool:

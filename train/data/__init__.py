@@ -5,5 +5,6 @@ tokenise.py    an example as tokens, and which of them are learned
 steps.py       solutions as steps, and steps as tokens with labels
 pipeline.py    shuffled, packed or padded batches, and a position to return to
 arithmetic.py  the embedded task: word problems, their solutions, a checker of every step, injected slips
+images.py      CIFAR-10 from its binary files, augmented, the same again
 text.py        plain text as token windows, with the small corpus that ships with the package
 """

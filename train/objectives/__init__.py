@@ -10,5 +10,6 @@ specdec_pp.py  a head on the drafter's states: will this draft be accepted?
 labelled.py  what labelled tokens teach: shared by judges and reward models
 prm.py       a reward model learns which steps are right
 ivo.py       a value model learns what a text is worth from any of its tokens
+classify.py  labels of images, and what a teacher says
 judge.py     a head on the target's states: is this token good, from labels
 """
