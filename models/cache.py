@@ -65,6 +65,12 @@ class KVCache(NamedTuple):
         """Rows per sequence, S."""
         return jax.tree.leaves(self.layers[0])[0].shape[1]
 
+    @property
+    def dtype(self) -> str:
+        """How rows are kept, as `init_cache` takes it."""
+        k = self.layers[0].k
+        return "int8" if isinstance(k, Int8Rows) else "int4" if isinstance(k, Int4Rows) else str(k.dtype)
+
 
 def init_cache(layers: int, batch: int, capacity: int, kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike):
     """Allocate an empty cache: zeros, because a NaN in an unseen value row would still poison the sum over rows.

@@ -216,7 +216,13 @@ def catch_up(
     features: tuple[Array, ...] = ()
     if drafter.collect:
         _, _, features = read_prompt(
-            cfg, weights.target, base.tokens, base.filled - 1, chunk=chunk, collect=drafter.collect
+            cfg,
+            weights.target,
+            base.tokens,
+            base.filled - 1,
+            chunk=chunk,
+            cache_dtype=base.cache.dtype,
+            collect=drafter.collect,
         )
     begun = drafter.init(weights.target, weights.drafter, _context(base, rows), features, chunk)
     return state._replace(drafter=begun)

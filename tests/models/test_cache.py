@@ -257,6 +257,7 @@ def test_a_cache_lies_over_a_mesh_and_stays_there(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_empty_cache_reads_as_zeros(dtype):
+    assert init_cache(1, 2, 4, 1, 2, dtype).dtype == dtype
     assert not np.any(read(init_cache(1, 2, 4, 1, 2, dtype).layers[0]))
 
 

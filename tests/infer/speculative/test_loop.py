@@ -201,6 +201,20 @@ def test_texts_are_those_of_plain_decoding_with_a_cache_of_codes(name, dtype, be
     assert off.max() < 0.1 * rounding
 
 
+def test_a_drafter_that_catches_up_reads_through_the_same_cache(bench):
+    """Otherwise its features, and the memory they take, would be those of floats."""
+    drafter, params = drafting("tree")
+    tokens, rows = bench.pack()
+    weights = Weights(bench.weights("llama"), params, ())
+    begin = functools.partial(loop.prefill, LLAMA, drafter=drafter, chunk=16, cache_dtype="int4")
+    state = jax.eval_shape(lambda w, t, r: begin(w, tokens=t, rows=r), weights, tokens, rows)
+    program = functools.partial(loop.catch_up, LLAMA, drafter=drafter, chunk=16)
+    text = str(jax.make_jaxpr(lambda w, s, r: program(w, state=s, rows=r))(weights, state, rows))
+    B, S = tokens.shape
+    kept = f"f32[{B},{S},{LLAMA.num_kv_heads},{LLAMA.head_dim}] = broadcast_in_dim"
+    assert text.count(kept) <= 2  # keys and values of the drafter's own layer
+
+
 # ------------------------------------------------------------------------------------------------------ refused pairs
 CHOSEN, TREE = lookup.make_drafter(), CHAINS._replace(name="a tree", chains=False)
 PRUNED = CHAIN._replace(name="a pruned one", pruned=True)
