@@ -104,14 +104,14 @@ def pack(codes: Int8[Array, "*lead K"], bits: int) -> Planes:
     _check_codes("pack", codes, 8, bits)
     if bits == 8:
         return (codes,)
-    padded = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % BLOCK)])
+    pad = [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % BLOCK)]
     planes, below = [], bits
     for w in _plane_widths(bits):
-        below -= w
-        fields = ((padded >> below) & ((1 << w) - 1)).astype(jnp.int32)
+        below -= w  # padded plane by plane: padded codes that two planes share, XLA would hold in memory
+        fields = jnp.pad((codes >> below) & ((1 << w) - 1), pad).astype(jnp.int32)
         fields = fields.reshape(*codes.shape[:-1], -1, 32 // w, 4 * w)  # [..., blocks, P, words of a block]
         fields = fields << _over_words(w * jnp.arange(32 // w, dtype=jnp.int32), fields.ndim)
-        words = jax.lax.reduce(fields, jnp.int32(0), jax.lax.bitwise_or, (fields.ndim - 2,))
+        words = jnp.sum(fields, axis=-2, dtype=jnp.int32)  # no two have a bit in common; not every device can `or` all
         planes.append(words.reshape(*codes.shape[:-1], -1))
     return tuple(planes)
 

@@ -131,7 +131,7 @@ def load(
     Raises:
       CheckpointError: for a folder that cannot be trusted or understood; missing, unexpected and misshapen tensors are
         named together.
-      ValueError: for widths that the folder does not have.
+      ValueError: for widths below the lowest that any of its matrices has, and for widths of plain weights.
     """
     model, quant = load_master(
         folder, dtype=dtype, stacked=stacked, headless=headless, mesh=mesh, rules=rules, progress=progress

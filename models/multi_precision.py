@@ -38,7 +38,7 @@ INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
 Bits = int | Int32[Array, ""] | Int32[Array, " L"]
 QuantRules = tuple[tuple[str, QuantConfig | None], ...]
 MATRICES = r"(.*/)?(attn/[qkvo]|mlp/(gate|up|down))"
-_NAME = r"[\w/]{1,80}"  # of a matrix, as a file may have it
+_NAME = r"[a-zA-Z0-9_/]{1,80}"  # of a matrix, as a file may have it
 DEFAULT_RULES: QuantRules = ((MATRICES, QuantConfig()),)
 
 

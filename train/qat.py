@@ -6,15 +6,17 @@ the objective in `objectives/double_rounding.py`.
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import jax.numpy as jnp
 import tyro
 from jaxtyping import Array, Float
 
 from ..models.decoder import DecoderConfig, Remat, param_shapes
-from ..models.multi_precision import MATRICES, QuantRules, quantised_paths
+from ..models.multi_precision import INPUT_AXES, MATRICES, QuantRules, path_name, quantised_paths
 from ..models.quantise import QuantConfig
 from ..models.safetensors import read_json
 from ..sharding.rules import Rules
@@ -68,11 +70,15 @@ class QatOptions:
 
     def __post_init__(self):
         read_widths(self.bits)
+        _teaching(self)  # refuse, before anything is made
+        _scales(self)
         if (self.layers == "hasb") != (self.sensitivity is not None):
             raise ValueError(
                 f"train qat: layers={self.layers!r}, sensitivity={self.sensitivity}; expected both --layers hasb and "
                 "--sensitivity, the bits.json of `jaxaroo eval bits`, or neither."
             )
+        if self.layers == "hasb" and self.order == "sandwich":
+            raise ValueError("train qat: order='sandwich', layers='hasb'; expected order 'all', in which layers draw.")
         if not 0 < self.redraw <= 1:
             raise ValueError(f"train qat: redraw={self.redraw}; expected a share above 0, up to 1.")
 
@@ -89,7 +95,8 @@ def quant_rules(config: DecoderConfig, options: QatOptions) -> QuantRules:
     """Which matrices are quantised, and how.
 
     Raises:
-      ValueError: for a rule that is none, that matches no matrix, or whose groups do not divide its inputs.
+      ValueError: for a rule that is none, that matches no matrix, or whose groups do not divide its inputs, and for
+        rules that leave nothing to quantise.
     """
 
     def made(text: str) -> QuantConfig:
@@ -101,31 +108,38 @@ def quant_rules(config: DecoderConfig, options: QatOptions) -> QuantRules:
     rules: list[tuple[str, QuantConfig | None]] = []
     for rule in options.rules:
         pattern, equals, text = rule.rpartition("=")
-        if not equals:
+        if not equals or not _is_pattern(pattern):
             raise ValueError(f"train qat: rule {rule!r}; expected REGEX=WIDTHS or REGEX=none.")
         rules.append((pattern, None if text == "none" else made(text)))
     rules.append((MATRICES, made(options.bits)))
-    quantised_paths(param_shapes(config), tuple(rules))  # refuses a rule that matches nothing
+    shapes = {path_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(param_shapes(config))}
+    quantised = quantised_paths(param_shapes(config), tuple(rules))  # refuses a rule that matches nothing
+    for name, cfg in quantised.items():
+        if (inputs := math.prod(shapes[name][-INPUT_AXES[name.split("/")[-1]] :])) % (cfg.group or inputs):
+            raise ValueError(
+                f"train qat: groups of {cfg.group} for the {inputs} inputs of {name}; expected a divisor of them. "
+                "Leave --group out for one scale an output channel."
+            )
+    if not quantised:
+        raise ValueError(f"train qat: rules {options.rules} leave every matrix float; expected some to quantise.")
     return tuple(rules)
 
 
-def trained_widths(rules: QuantRules) -> tuple[int, ...]:
-    """Those of all rules, falling."""
-    return tuple(sorted({b for _, cfg in rules if cfg is not None for b in cfg.bits}, reverse=True))
+def trained_widths(config: DecoderConfig, rules: QuantRules) -> tuple[int, ...]:
+    """Those of all quantised matrices, falling."""
+    return tuple(sorted({b for c in quantised_paths(param_shapes(config), rules).values() for b in c.bits})[::-1])
 
 
 def make_loss(config: DecoderConfig, options: QatOptions, *, rules: Rules, remat: Remat) -> LossFn:
     """The objective at the width of a turn."""
     quant = quant_rules(config, options)
-    teaching = None
-    if options.teacher != "none":
-        teaching = DistillConfig(teacher=options.teacher, kappa=options.kappa, temperature=options.temperature)
-    return double_rounding.make_loss(config, quant, trained_widths(quant)[0], teaching, rules=rules, remat=remat)
+    master = trained_widths(config, quant)[0]
+    return double_rounding.make_loss(config, quant, master, _teaching(options), rules=rules, remat=remat)
 
 
 def make_turns(config: DecoderConfig, options: QatOptions, steps: int) -> Turns:
     """Widths of the updates of a step."""
-    widths = trained_widths(quant_rules(config, options))
+    widths = trained_widths(config, quant_rules(config, options))
     if options.sensitivity is None:
         return width_turns(widths, config.num_layers, order=options.order)
     return hasb_turns(widths, read_traces(Path(options.sensitivity), config.num_layers), steps, most=options.redraw)
@@ -133,18 +147,35 @@ def make_turns(config: DecoderConfig, options: QatOptions, steps: int) -> Turns:
 
 def make_optimizer(config: DecoderConfig, options: QatOptions, optimizer: OptimizerConfig, steps: int):
     """One state for the weights, and one for the scales at each width."""
-    scales = ScaleConfig(learning_rate=options.scale_rate, alrs=options.alrs)
     turns = len(make_turns(config, options, steps).names)
-    return joint_optimizer(optimizer, scales, steps, turns, quant_rules(config, options))
+    return joint_optimizer(optimizer, _scales(options), steps, turns, quant_rules(config, options))
 
 
 def read_traces(path: Path, layers: int) -> Float[Array, " L"]:
     """How sensitive each layer is, as `jaxaroo eval bits` wrote it down."""
     traces = read_json(path).get("trace")
     numbers = traces if isinstance(traces, list) else []
-    if len(numbers) != layers or not all(type(t) in (int, float) and math.isfinite(t) for t in numbers):
+    if len(numbers) != layers or not all(type(t) in (int, float) and abs(t) < 1e30 for t in numbers):  # no NaN either
         raise ValueError(
             f"train qat: {path} has trace {str(traces)[:80]}; expected one number for each of {layers} layers, as "
             "`jaxaroo eval bits` writes them for this model."
         )
     return jnp.asarray(numbers, jnp.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------- private
+def _teaching(options: QatOptions) -> DistillConfig | None:
+    if options.teacher == "none":
+        return None
+    return DistillConfig(teacher=options.teacher, kappa=options.kappa, temperature=options.temperature)
+
+
+def _scales(options: QatOptions) -> ScaleConfig:
+    return ScaleConfig(learning_rate=options.scale_rate, alrs=options.alrs)
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        return bool(re.compile(text))
+    except re.error:
+        return False

@@ -10,7 +10,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxaroo.jaxlib_ext.qmm import nbytes, pack, qmm, quantise_activations, reference, repack, scale_at, switch_codes
+from jaxaroo.jaxlib_ext.qmm import (
+    QuantisedMatrix,
+    multiply,
+    nbytes,
+    pack,
+    qmm,
+    quantise_activations,
+    reference,
+    repack,
+    scale_at,
+    switch_codes,
+)
 from jaxaroo.jaxlib_ext.qmm import unpack as unpack_words
 
 WIDTHS = (8, 6, 4, 3, 2)
@@ -125,6 +136,9 @@ def test_switching_makes_no_float_and_nothing_wider_than_a_byte():
         program = repacked.lower(codes, 8, bits).compile()
         assert {kind for kind, _ in arrays(program.as_text())} <= {"s8", "s32"}
         assert program.memory_analysis().temp_size_in_bytes == 0
+        ragged = repacked.lower(jax.ShapeDtypeStruct((24, 200), jnp.int8), 8, bits).compile().memory_analysis()
+        pointers = ragged.output_size_in_bytes - 24 * 256 * bits // 8  # of a tuple of planes
+        assert (ragged.temp_size_in_bytes, 0 <= pointers <= 8 * 3) == (0, True)
 
 
 def test_the_scale_of_a_width_is_exact():
@@ -286,6 +300,61 @@ def test_the_gradient_in_x_is_that_of_the_dequantised_matrix():
     half = jax.grad(lambda x: jnp.sum(static(x, codes, scale, bits=4).astype(jnp.float32) * g))(x.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(half, np.float64), g @ low, rtol=0.02, atol=0.02 * np.abs(g @ low).max())
+
+
+# ---------------------------------------------------------------------------------------------------------- a matrix
+multiplied = jax.jit(multiply)
+
+
+def matrix(codes, scale, bits, out, gain=None, **settings):
+    """In the shape of a weight `[*out, K]`, as `multi_precision.switch_bits` makes it."""
+    planes = (codes.reshape(*out, -1),) if bits == 8 else repacked(codes, 8, bits)
+    shape, scale = (*out, codes.shape[1]), scale.reshape(*out, -1)
+    return QuantisedMatrix(planes=planes, scale=scale, gain=gain, bits=bits, master=8, shape=shape, **settings)
+
+
+@pytest.mark.parametrize("act", [None, "int8"])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_matrix_of_any_shape_multiplies_with_its_gains_last(bits, act):
+    """With act, whole numbers times whole numbers: what is left is the rounding of scales, gains and few sums."""
+    x, codes, scale = case(8, 256, 6, 2)
+    gain = jnp.asarray(np.linspace(0.5, 1.5, 6).reshape(2, 3).astype(ml_dtypes.bfloat16))
+    rows, step = (np.asarray(a, np.float64) for a in quantise_activations(x)) if act else (x, 1.0)
+    want = product(rows, codes, scale, bits) * step
+    for factor in (gain, None):
+        w = matrix(codes, scale, bits, (2, 3), factor, act=act)
+        got = multiplied(x, w)
+        full = want * (1.0 if factor is None else np.asarray(gain, np.float64).reshape(1, 6))
+        assert got.dtype == jnp.float32
+        assert np.linalg.norm(got - full) <= (3e-7 if act else 1e-6) * np.linalg.norm(full)
+        assert w.nbytes == nbytes(bits, 6, 256, 2) + (0 if factor is None else 2 * 6)
+    half = multiplied(x.astype(jnp.bfloat16), w)  # rounded where the caller wants it, not here
+    assert half.dtype == jnp.float32
+    if act is None:
+        exact = product(x.astype(jnp.bfloat16).astype(jnp.float32), codes, scale, bits)
+        assert np.linalg.norm(half - exact) <= 1e-6 * np.linalg.norm(exact)
+
+
+def test_integer_activations_are_off_by_half_a_step_at_most():
+    """|y' - y| <= sum_k |w_nk| step_b / 2, step_b = max_k |x_bk| / 127; and by about a third of that in each entry."""
+    x, codes, scale = case(64, 320, 9, 10)
+    for bits in (8, 4):
+        dense = np.abs(product(np.eye(320), codes, scale, bits))  # |w|, [K, N]
+        bound = np.abs(np.asarray(x, np.float64)).max(1, keepdims=True) / 127 / 2 * dense.sum(0)[None]
+        error = np.abs(multiplied(x, matrix(codes, scale, bits, (9,), act="int8")) - product(x, codes, scale, bits))
+        assert (error <= bound).all()
+        assert error.max() > 0.02 * bound.max()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_result_has_the_type_that_is_asked_for(dtype):
+    x, codes, scale = case(8, 256, 6, 2)
+    for given in (x, x.astype(jnp.bfloat16)):
+        got = qmm(given, codes, scale, bits=8, dtype=dtype)
+        assert got.dtype == dtype
+        want = product(given.astype(jnp.float32), codes, scale, 8).astype(dtype)
+        np.testing.assert_allclose(np.float64(got), np.float64(want), rtol=0.008 if dtype == jnp.bfloat16 else 3e-5)
+        assert qmm(given, codes, scale, bits=8).dtype == given.dtype
 
 
 # -------------------------------------------------------------------------------------------------------- activations

@@ -1,8 +1,9 @@
-"""Oracles: the bytes of the files, and numpy's casts."""
+"""Oracles: the bytes of the files, and numpy's casts; of a master the floats that it stands for."""
 
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -18,7 +19,16 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from jaxaroo.models import hf
-from jaxaroo.models.decoder import DecoderConfig, param_axes, param_shapes
+from jaxaroo.models.decoder import (
+    DecoderConfig,
+    init_params,
+    logits,
+    param_axes,
+    param_shapes,
+    unstack_layers,
+)
+from jaxaroo.models.multi_precision import MATRICES, from_master, init_scales, scale_axes, to_master
+from jaxaroo.models.quantise import QuantConfig
 from jaxaroo.models.safetensors import CheckpointError, read_index, read_tensor
 from jaxaroo.sharding.rules import FSDP_TP
 
@@ -205,3 +215,205 @@ def test_what_a_mesh_does_not_divide_is_whole_on_every_device(stacked):
     assert not all(whole)
     for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(want.params), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+# ------------------------------------------------------------------------------------------------------------ masters
+MASTER = DecoderConfig(
+    vocab_size=24, embed_dim=64, ffn_dim=96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, qkv_bias=True,
+    o_bias=True,
+)  # fmt: skip
+QUANT = (
+    ("layers/attn/o", QuantConfig(group=32, gain=(4, 2))),
+    ("layers/attn/k", None),
+    ("layers/mlp/down", QuantConfig(bits=(6, 4), group=32)),
+    (MATRICES, QuantConfig()),
+)
+IDS = np.random.default_rng(0).integers(0, 24, (2, 7))
+LAYER = "model.layers.1."
+Q, O, DOWN = (LAYER + name for name in ("self_attn.q_proj.weight", "self_attn.o_proj.weight", "mlp.down_proj.weight"))
+
+
+@functools.cache
+def master():
+    """Layers stacked; every leaf has numbers of its own."""
+    params = jax.jit(init_params, static_argnums=0)(MASTER, jax.random.key(0))
+    keys = iter(jax.random.split(jax.random.key(1), 50))
+    params = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape), params)
+    make = jax.jit(lambda p: to_master(p, init_scales(p, QUANT), QUANT))
+    return hf.Model(MASTER, make(params))
+
+
+def written(folder, **options):
+    hf.save(folder, master(), quant=QUANT, **options)
+    return folder
+
+
+floats = jax.jit(lambda params, bits: from_master(params, bits, QUANT))
+
+
+def same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (a.dtype, a.shape, np.asarray(a).tobytes()) == (b.dtype, b.shape, np.asarray(b).tobytes())
+
+
+def test_a_master_comes_back_to_the_bit_whatever_the_form(tmp_path):
+    folder = written(tmp_path / "it")
+    for stacked in (True, False):
+        model, rules = hf.load_master(folder, stacked=stacked)
+        assert model.config == MASTER
+        same(model.params, master().params if stacked else unstack_layers(master().params))
+        for name, more in (("a", {}), ("b", {"like": folder}), ("c", {"dtype": "float32"})):
+            hf.save(tmp_path / name, model, quant=rules, overwrite=True, **more)
+            assert bits(tmp_path / name) == bits(folder)
+            assert config(tmp_path / name) == config(folder)
+    hf.save(tmp_path / "parts", model, quant=rules, max_shard_bytes=10_000)
+    assert bits(tmp_path / "parts") == bits(folder)
+    half, _ = hf.load_master(folder, dtype="bfloat16")
+    kinds = {jax.tree_util.keystr(path[-1:]): x.dtype for path, x in jax.tree_util.tree_leaves_with_path(half.params)}
+    assert (kinds["['codes']"], kinds["['scale']"], kinds["['gain']"]) == (jnp.int8, jnp.bfloat16, jnp.bfloat16)
+    assert (kinds["['embed']"], kinds["['q_bias']"]) == (jnp.bfloat16, jnp.bfloat16)
+    hf.save(tmp_path / "half", master(), quant=QUANT, dtype="float16")
+    for name, (dtype, _, data) in bits(tmp_path / "half").items():
+        if dtype.name in ("int8", "bfloat16"):
+            assert data == bits(folder)[name][2]
+        else:
+            assert dtype.name == "float16"
+    assert hf.load_master(GOLDENS / "qwen3")[1] == ()
+
+
+def test_a_master_has_the_bytes_of_the_table(tmp_path):
+    """A byte a code, and two a scale or gain: one an output channel or group, and one an output channel and width."""
+    arrays, facts = tensors(folder := written(tmp_path / "it")), hf.describe(tmp_path / "it")
+    N = {"q_proj": 64, "v_proj": 32, "o_proj": 64, "gate_proj": 96, "up_proj": 96, "down_proj": 64}  # outputs
+    K = dict.fromkeys(N, 64) | {"down_proj": 96}
+    groups = dict.fromkeys(N, 1) | {"o_proj": 2, "down_proj": 3}
+    total = 0
+    for name in (f"model.layers.{i}.{p}.{n}.weight" for i in (0, 1) for n in N for p in ("self_attn", "mlp")):
+        if name in arrays:
+            n = name.split(".")[-2]
+            assert (arrays[name].dtype, arrays[name].nbytes) == (np.int8, N[n] * K[n])
+            assert arrays[f"{name}_scale"].nbytes == 2 * N[n] * groups[n]
+            total += N[n] * K[n] + 2 * N[n] * groups[n]
+            assert (f"{name}_gain" in arrays) == (n == "o_proj")
+    gains = sum(a.nbytes for name, a in arrays.items() if name.endswith("_gain"))
+    assert gains == 2 * 2 * 64 * 2  # layers, bytes, outputs, widths
+    rest = sum(a.nbytes for a in arrays.values() if a.dtype == np.float32)
+    assert rest == 4 * (2 * 24 * 64 + 64 + 2 * (32 * 64 + 2 * 64 + (64 + 32 + 32) + 64))
+    assert facts["bytes"] == sum(a.nbytes for a in arrays.values()) == total + gains + rest
+    assert facts["bytes_by_dtype"] == {"int8": 2 * (3 * 64 * 64 - 32 * 64 + 3 * 96 * 64), "bfloat16": total + gains
+                                       - 2 * (3 * 64 * 64 - 32 * 64 + 3 * 96 * 64), "float32": rest}  # fmt: skip
+    assert facts["parameters"] == sum(math.prod(x.shape) for x in jax.tree.leaves(param_shapes(MASTER)))
+    assert facts["bits"] == [8, 6, 4, 2]
+    assert facts["fits"][8] == int((8 * 2**30 * 0.9 - facts["bytes"]) // (2 * 2 * 2 * 2 * 16))
+    assert hf.describe(GOLDENS / "qwen3")["bits"] == []
+    assert config(folder)["quantization_config"]["matrices"].keys() == {
+        f"layers/{name}" for name in ("attn/q", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
+    }
+
+
+def test_a_master_is_served_at_any_width_and_trained_as_floats(tmp_path):
+    folder = written(tmp_path / "it")
+    for given, width in ((None, 8), (8, 8), (4, 4), (2, 2), ((8, 2), (8, 2))):
+        got = logits(hf.load(folder, bits=given), IDS)
+        want = logits(hf.Model(MASTER, floats(master().params, jnp.array(width, jnp.int32))), IDS)
+        assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+    off = np.linalg.norm(logits(hf.load(folder, bits=8, act="int8"), IDS) - logits(hf.load(folder), IDS))
+    assert 0 < off < 0.05 * np.linalg.norm(want)
+    for dtype in ("float32", "bfloat16"):
+        got = hf.load(folder, stacked=True, dtype=dtype)
+        widest = floats(master().params, jnp.int32(8))
+        same(got.params, jax.tree.map(lambda x, d=dtype: x.astype(d), widest))
+        assert got.config.dtype == dtype
+    hf.save(tmp_path / "plain", got, like=folder)
+    assert "quantization_config" not in config(tmp_path / "plain")
+    refused("plain weights; expected a master", hf.load, tmp_path / "plain", bits=8, error=ValueError)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_master_on_eight_devices_is_the_same_master(stacked, tmp_path):
+    folder = written(tmp_path / "it")
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+    placed = {"mesh": mesh, "rules": FSDP_TP, "stacked": stacked}
+    (_, params), rules = hf.load_master(folder, **placed)
+    same(params, master().params if stacked else unstack_layers(master().params))
+    axes, scales = param_axes(MASTER)["layers"], scale_axes(param_axes(MASTER), rules)["layers"]
+    layer = params["layers"] if stacked else params["layers"][1]
+    for group, name in (("attn", "q"), ("attn", "o"), ("mlp", "up"), ("mlp", "down")):
+        leaf, spec = layer[group][name], lambda names: FSDP_TP.spec(*names[0 if stacked else 1 :])
+        assert leaf["codes"].sharding.spec == spec(axes[group][name])
+        assert leaf["scale"].sharding.spec == spec(scales[group][name]["rho"])
+        assert not leaf["codes"].sharding.is_fully_replicated
+    if stacked:
+        got, want = hf.load(folder, **placed), hf.load(folder, stacked=True)
+        same(got.params, want.params)
+        assert not got.params["layers"]["mlp"]["up"].sharding.is_fully_replicated
+    else:
+        for width in (8, 4):
+            got, want = logits(hf.load(folder, bits=width, **placed), IDS), logits(hf.load(folder, bits=width), IDS)
+            assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+
+
+def test_every_fault_of_a_master_is_named_at_once(tmp_path):
+    arrays, folder = tensors(written(tmp_path / "it")), tmp_path / "it"
+    gone = [f"{Q}_scale", f"{O}_gain", DOWN]
+    faults = {
+        O: arrays[O].astype("f4"),
+        f"{O}_scale": arrays[f"{O}_scale"].astype("f4"),
+        f"{DOWN}_scale": arrays[f"{DOWN}_scale"][:, :1],
+        f"{Q}_gain": arrays[f"{O}_gain"],
+        "model.norm.weight": arrays[Q][0],
+        HEAD: arrays[HEAD].astype("f8"),
+    }
+    put(folder, {name: a for name, a in (arrays | faults).items() if name not in gone})
+    said = [f"missing {name};" for name in gone]
+    said += [f"{O} of dtype float32; expected one of int8;", f"{O}_scale of dtype float32; expected one of bfloat16;"]
+    said += [f"{DOWN}_scale of shape [64, 1]; expected [64, 3];", f"unexpected {Q}_gain.", "norm.weight of dtype int8;"]
+    said += [f"{HEAD} of dtype float64;"]
+    for load in (hf.load, hf.load_master, hf.describe):
+        refused("".join(f"(?=.*{re.escape(text)})" for text in said), load, folder)
+    put(folder, arrays)
+    hf.load_master(folder)
+    config(folder, quantization_config=None)  # codes alone are no weights
+    refused(f"{re.escape(Q)} of dtype int8; expected one of float32.*unexpected .*_scale; and", hf.load, folder)
+
+
+def test_a_master_whose_config_lies_is_refused(tmp_path):
+    folder = written(tmp_path / "it")
+    told = config(folder)["quantization_config"]
+    matrix = told["matrices"]["layers/attn/q"]
+    for matrices, message in (
+        ({"layers/attn/q": matrix | {"group": 128}}, "q_proj.weight: groups of 128 for 64 inputs; expected a divisor"),
+        ({"layers/attn/q": matrix | {"group": 32}}, r"q_proj.weight_scale of shape \[64, 1\]; expected \[64, 2\]"),
+        ({"layers/attn/q": matrix | {"gain": [2]}}, "missing model.layers.0.self_attn.q_proj.weight_gain"),
+        ({"layers/attn/k": matrix}, "k_proj.weight of dtype float32; expected one of int8"),
+        ({"layers/mlp/q": matrix}, "rules: 'layers/mlp/q' matches no matrix"),
+        ({"attn/q": matrix}, "rules: 'attn/q' matches no matrix"),
+        ({"layers/attn/.": matrix}, "quantisation: found 'layers/attn/.'"),
+        ({"layers/attn/q": matrix | {"width": 1}}, "quantisation: found 'layers/attn/q'"),
+        ({"layers/attn/q": matrix | {"bits": [4, 8]}}, "quantisation: found .*QuantConfig.bits"),
+    ):
+        config(folder, quantization_config=told | {"matrices": told["matrices"] | matrices})
+        for load in (hf.load, hf.describe):
+            refused(f"(?s)it.*{message}", load, folder)
+    config(folder, quantization_config=told | {"quant_method": "gptq"})
+    refused("config.json: quantization_config .*'gptq'.*expected plain weights, or 'jaxaroo'", hf.load, folder)
+
+
+def test_only_a_master_is_saved_as_one(tmp_path):
+    params, rules = master().params, QUANT
+    q = params["layers"]["attn"]["q"]
+    with_q = lambda **parts: {"layers": params["layers"] | {"attn": params["layers"]["attn"] | {"q": q | parts}}}
+    view = hf.load(written(tmp_path / "it")).params
+    for wrong, quant, message in (
+        (with_q(codes=q["codes"].astype(jnp.int32)), rules, f"{Q} of dtype int32; expected int8"),
+        (with_q(scale=q["scale"].astype(jnp.float32)), rules, f"{Q}_scale of dtype float32; expected bfloat16"),
+        (with_q(scale=q["scale"][..., 0]), rules, f"{Q}_scale of shape .*; expected"),
+        (with_q(gain=q["scale"]), rules, "parameters; expected"),
+        ({}, (), f"{Q} of shape None"),
+        (floats(params, jnp.int32(8)), rules, f"{Q} of shape None"),
+        (view, (), "parameters; expected"),
+        (view, rules, f"{Q} of shape None"),
+    ):
+        refused(message, hf.save, tmp_path / "no", hf.Model(MASTER, params | wrong), quant=quant, error=ValueError)
+    assert not (tmp_path / "no").exists()

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxaroo.models.decoder import DecoderConfig, RopeScaling
-from jaxaroo.models.hf_config import config_from_hf, config_to_hf, read_config
+from jaxaroo.models.hf_config import config_from_hf, config_to_hf, read_config, read_quantisation
+from jaxaroo.models.quantise import QuantConfig
 from jaxaroo.models.safetensors import CheckpointError
 
 
@@ -110,6 +111,59 @@ def test_a_bad_config_is_refused_by_name(tmp_path, message):
         path.write_text(json.dumps(BASE))
         harm(path) if callable(harm) else config(path.parent, **harm)
         refused(f"(?s){path}: .*({message})", read_config, path.parent)
+
+
+ENTRY = {"bits": [8, 4], "group": 32, "gain": [4]}
+OF_A_MASTER = {"quant_method": "jaxaroo", "version": 1, "matrices": {"layers/attn/q": ENTRY, "layers/mlp/up": {}}}
+NAMES = ["", "q", "layers/attn/[qk]", ".*/q", "layers/attn/./q", "layers/.+/q", "layers/attn/q\n", "(?i)layers/attn/q"]
+NAMES += [
+    "layers/attn/q|layers/mlp/up",
+    "layers/attn/x",
+    "embed",
+    "layers/attn_norm",
+    "a" * 10**6 + "/q",
+    "\\w*/q",
+    "é/q",
+]
+MATRICES = [{name: ENTRY} for name in NAMES if name != "q"]
+MATRICES += [{"layers/attn/q": entry} for entry in (None, [], 7, "8", {"width": 8}, {"bits": 8}, {"bits": [2, 4]})]
+MATRICES += [
+    {"layers/attn/q": {"bits": bits}} for bits in ([], [9], [8.0], [True], ["8"], [[8]], {}, [10**400], [8] * 10**6)
+]
+MATRICES += [{"layers/attn/q": {"group": group}} for group in (0, -32, 31, 33, 192.0, True, "32", [32], 10**400 + 1)]
+MATRICES += [{"layers/attn/q": {"gain": gain}} for gain in (4, [3], [4, 4], [[4]], [{}], "4", [None])]
+MATRICES += [
+    {"layers/attn/q": {"init": "search", "emphasis": e}}
+    for e in ([1], [1, 2, 3, -1], ["a"] * 4, [10**400] * 4, 7, [[]])
+]
+MATRICES += [{"layers/attn/q": {name: value}} for name in ("scale_param", "init") for value in ("x", [], {}, None, 7)]
+
+
+def test_the_quantisation_of_a_master_is_read_as_it_was_written():
+    keys = SIZES | {"model_type": "llama"}
+    rules = dict(read_quantisation(keys | {"quantization_config": OF_A_MASTER}))
+    assert rules == {"layers/attn/q": QuantConfig(bits=(8, 4), group=32, gain=(4,)), "layers/mlp/up": QuantConfig()}
+    assert config_from_hf(keys | {"quantization_config": OF_A_MASTER}) == config_from_hf(keys)
+    for plain in (keys, keys | {"quantization_config": None}):
+        assert read_quantisation(plain) == ()
+    assert read_quantisation({"quantization_config": OF_A_MASTER | {"matrices": {}}}) == ()
+
+
+def test_another_quantisation_is_refused_by_name_and_in_few_words():
+    other = [OF_A_MASTER | change for change in ({"version": 2}, {"version": None}, {"quant_method": "gptq"})]
+    other += [{key: value for key, value in OF_A_MASTER.items() if key != gone} for gone in ("version", "quant_method")]
+    other += [{"quant_method": "awq", "bits": 4}, {}, [], "jaxaroo", True, 0, {"quant_method": ["jaxaroo"]}]
+    for found in other:
+        for read in (read_quantisation, lambda hf, where: config_from_hf(SIZES | {"model_type": "llama"} | hf, where)):
+            refused("(?s)it: quantization_config .*expected plain weights, or 'jaxaroo' of version 1", read,
+                    {"quantization_config": found}, "it")  # fmt: skip
+
+
+@pytest.mark.parametrize("matrices", [None, [], "x", 7, *MATRICES], ids=lambda m: str(m)[:60])
+def test_a_file_names_matrices_and_no_patterns_and_numbers_that_mean_something(matrices):
+    with pytest.raises(CheckpointError, match=r"it: quantisation: found ") as e:
+        read_quantisation({"quantization_config": OF_A_MASTER | {"matrices": matrices}}, "it")
+    assert len(str(e.value)) < 600
 
 
 KEYS = sorted({key for _, keys, _ in READ for key in keys} | SIZES.keys() | {"quantization_config", PART})

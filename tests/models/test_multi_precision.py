@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import json
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxaroo.models.decoder import DecoderConfig, forward, init_params, param_axes, stack_layers, unstack_layers
+from jaxaroo.jaxlib_ext.qmm import QuantisedMatrix, nbytes
+from jaxaroo.models import multi_precision
+from jaxaroo.models.decoder import (
+    DecoderConfig,
+    forward,
+    init_params,
+    new_cache,
+    param_axes,
+    stack_layers,
+    unstack_layers,
+)
 from jaxaroo.models.multi_precision import (
     DEFAULT_RULES,
     INPUT_AXES,
@@ -18,7 +31,11 @@ from jaxaroo.models.multi_precision import (
     from_master,
     init_scales,
     quantised_paths,
+    read_rules,
+    scale_axes,
+    switch_bits,
     to_master,
+    write_rules,
 )
 from jaxaroo.models.quantise import QuantConfig, fake_quantise, init_scale, scale_of, snap
 
@@ -266,6 +283,147 @@ def test_a_config_decides_the_gradient_of_its_scales():
     np.testing.assert_allclose(grads["log2", True], np.log(2) * start * grads["linear", True], rtol=0.005)
 
 
+# ------------------------------------------------------------------------------------------------------------ serving
+@functools.cache
+def master(rules=MIXED):
+    return jax.tree.map(jnp.copy, unstack_layers(stored(base(), learned(rules), rules)))
+
+
+@jax.jit
+def both_ways(params):
+    """Hidden states at once, and with a cache: six tokens, then three."""
+    cache = new_cache(CFG, 2, 12)
+    first = forward(CFG, params, TOKENS[:, :6], POSITIONS[:, :6], cache=cache)
+    cache = first.cache._replace(length=first.cache.length + 6)
+    then = forward(CFG, params, TOKENS[:, 6:], POSITIONS[:, 6:], cache=cache)
+    return forward(CFG, params, TOKENS, POSITIONS).hidden, jnp.concatenate([first.hidden, then.hidden], axis=1)
+
+
+def off(got, want):
+    return np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("bits", [*WIDTHS, (8, 2, 4)], ids=str)
+def test_the_decoder_multiplies_by_integers_what_it_multiplied_by_floats(bits):
+    whole = jnp.int32(bits) if isinstance(bits, int) else jnp.array(bits, jnp.int32)
+    floats = unstack_layers(served(master(), whole, MIXED, jnp.float32))
+    view = switch_bits(master(), bits, MIXED)
+    for got, want in zip(both_ways(view), both_ways(floats), strict=True):
+        assert off(got, want) < 1e-5
+    for i, layer in enumerate(view["layers"]):
+        width = bits if isinstance(bits, int) else bits[i]
+        for path in WEIGHTS:
+            cfg, leaf = quantised_paths(base(), MIXED).get(f"layers/{path}"), at(layer, path)
+            if cfg is None:
+                assert leaf is at(master()["layers"][i], path)
+            else:
+                assert isinstance(leaf, QuantisedMatrix)
+                assert leaf.bits == min(max(width, cfg.bits[-1]), cfg.master)
+
+
+def test_switching_there_and_back_is_the_same_model_and_leaves_the_master_alone():
+    before = jax.tree.map(np.array, master())
+    buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(master())]
+    views = [switch_bits(master(), bits, MIXED) for bits in (8, 4, 8)]
+    outputs = [both_ways(view)[0] for view in views]
+    np.testing.assert_array_equal(outputs[0], outputs[2])
+    assert off(outputs[1], outputs[0]) > 0.01
+    equal(jax.tree.map(np.array, master()), before)
+    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(master())] == buffers
+    for view in views:  # what a view has of the master is the master's own
+        for i, layer in enumerate(view["layers"]):
+            up = at(layer, "mlp/up")
+            assert up.scale is at(master()["layers"][i], "mlp/up")["scale"]
+            assert (up.planes[0] is at(master()["layers"][i], "mlp/up")["codes"]) == (up.bits == 8)
+        assert view["embed"] is master()["embed"]
+
+
+def arrays(program):
+    """(type, elements) of every array in a compiled program."""
+    found = re.findall(r"\b(pred|[sufbc]\w*\d\w*)\[([\d,]*)\]", program)
+    return {(kind, math.prod(map(int, shape.split(","))) if shape else 1) for kind, shape in found}
+
+
+@pytest.mark.parametrize(("shape", "over"), [((256, 512), 1), ((256, 8, 64), 2), ((4, 64, 384), 1), ((256, 500), 1)])
+def test_a_switch_makes_no_float_and_allocates_nothing_but_its_target(shape, over):
+    """Whether inputs fill whole blocks or not, and however many planes a width has."""
+    K = math.prod(shape[-over:])
+    for bits in (7, 6, 4, 3, 2):
+        codes = jax.ShapeDtypeStruct(shape, jnp.int8)
+        program = multi_precision._repack.lower(codes, over=over, master=8, bits=bits).compile()
+        assert {kind for kind, _ in arrays(program.as_text())} <= {"s8", "s32"}
+        memory, wanted = program.memory_analysis(), nbytes(bits, 256, K) - 2 * 256
+        pointers = memory.output_size_in_bytes - wanted  # of a tuple of planes
+        assert (memory.temp_size_in_bytes, 0 <= pointers <= 8 * 3) == (0, True)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_view_has_the_bytes_of_the_table(bits):
+    for rules in (DEFAULT_RULES, MIXED):
+        got = want = 0
+        for i, layer in enumerate(switch_bits(master(rules), bits, rules)["layers"]):
+            for path, cfg in quantised_paths(base(), rules).items():
+                leaf, kept = at(layer, path[7:]), at(master(rules)["layers"][i], path[7:])
+                K = math.prod(leaf.shape[-INPUT_AXES[path.split("/")[-1]] :])
+                N, width = math.prod(leaf.shape) // K, min(max(bits, cfg.bits[-1]), cfg.master)
+                got += leaf.nbytes
+                want += nbytes(width, N, K, K // (cfg.group or K)) + 2 * N * (width in cfg.gain)
+                assert kept["codes"].nbytes + kept["scale"].nbytes == nbytes(8, N, K, K // (cfg.group or K))
+        assert got == want
+
+
+def test_integer_activations_are_near():
+    """A token's largest of 32 to 64 numbers is about 3 times their root mean square, so a step is 3 / 127 of it and its
+    noise 3 / 127 / sqrt(12) = 0.7 %, seven times in each of three layers: in all 0.7 % sqrt(21) = 3 % or less, as the
+    residual stream has parts that met fewer matrices."""
+    for bits in (8, 4):
+        want = both_ways(switch_bits(master(), bits, MIXED))
+        got = both_ways(switch_bits(master(), bits, MIXED, act="int8"))
+        for a, b in zip(got, want, strict=True):
+            assert 1e-3 < off(a, b) < 0.03
+
+
+def test_half_precision_multiplies_exact_codes():
+    """Rounded weights would add an error of their own to that of the activations."""
+    half = dataclasses.replace(CFG, dtype="bfloat16")
+    hidden = jax.jit(lambda params: forward(half, params, TOKENS, POSITIONS).hidden)
+    floats = unstack_layers(served(master(), jnp.int32(4), MIXED, jnp.float32))
+    got = hidden(switch_bits(master(), 4, MIXED))
+    assert got.dtype == jnp.bfloat16
+    exact = run(floats)
+    assert off(got, exact) < off(hidden(floats), exact) < 0.02
+
+
+def test_a_plan_of_widths_may_be_a_numpy_array():
+    plan = np.array([8, 2, 4], np.int32)
+    view, want = (switch_bits(master(), bits, MIXED) for bits in (plan, (8, 2, 4)))
+    equal(view, want)
+
+
+def test_axes_of_scales_go_with_scales():
+    for rules in (DEFAULT_RULES, MIXED):
+        axes, scales = scale_axes(param_axes(CFG), rules), learned(rules)
+        named = lambda node: isinstance(node, tuple)
+        assert jax.tree.structure(axes, is_leaf=named) == jax.tree.structure(scales)
+        jax.tree.map(
+            lambda names, x: None if len(names) == x.ndim else pytest.fail(f"{names}"), axes, scales, is_leaf=named
+        )
+    attn = axes["layers"]["attn"]
+    assert attn["q"]["rho"] == ("layers", "heads", "head_dim", None)
+    assert attn["o"] == dict.fromkeys(("rho", "gain"), ("layers", "embed", None))
+    assert axes["layers"]["mlp"]["down"]["rho"] == ("layers", "embed", None)
+
+
+def test_rules_that_were_written_are_read_as_plain_names():
+    for rules in (DEFAULT_RULES, MIXED, ((MATRICES, None),)):
+        written = json.loads(json.dumps(write_rules(base(), rules)))
+        again = read_rules(written)
+        assert dict(again) == {re.escape(name): cfg for name, cfg in quantised_paths(base(), rules).items()}
+        if again:
+            assert quantised_paths(base(), again) == quantised_paths(base(), rules)
+    assert hash(again) == hash(())
+
+
 # ------------------------------------------------------------------------------------------------------------- errors
 @pytest.mark.errors
 def test_a_rule_that_matches_no_matrix_is_refused_with_the_nearest():
@@ -304,3 +462,16 @@ def test_widths_that_mean_nothing_are_refused():
     small = {"mlp": {"up": jnp.ones((3, 64))}}  # of no layer
     with pytest.raises(ValueError, match=r"bits: shape \(3,\) for mlp/up"):
         fake_quantise_tree(small, init_scales(small), jnp.array([8, 4, 2]))
+
+
+@pytest.mark.errors
+def test_views_that_cannot_be_are_refused():
+    for bits in (1, 9, 4.0, True, (8, 4), (8, 4, 2, 2), (8, 4, 2.0), np.float32(4), jnp.int32(4), "842"):
+        with pytest.raises(ValueError, match=r"bits: found .*expected a width from 2, the lowest of this master, to 8"):
+            switch_bits(master(), bits, MIXED)  # type: ignore[arg-type]
+    high = ((MATRICES, QuantConfig(bits=(8, 6))), ("layers/attn/k", QuantConfig(bits=(8, 4))))
+    for bits in (3, (8, 8, 3)):  # else a model of 4 bits would pass for one of 3
+        with pytest.raises(ValueError, match="expected a width from 4, the lowest of this master"):
+            switch_bits(master(), bits, high[::-1])
+    with pytest.raises(ValueError, match="switch_bits: found stacked layers; expected a tuple"):
+        switch_bits(stored(base(), learned(), DEFAULT_RULES), 4)

@@ -65,6 +65,7 @@ CONFIGS = {
 }
 OURS = {  # D V twice or once, L layers of 2 N H D + 2 K H D + 3 F D + 2 D, the last norm's D
     "tiny": 260 * 64 + 3 * (4 * 64 * 64 + 3 * 256 * 64 + 2 * 64) + 64,
+    "1m": 260 * 128 + 4 * (4 * 128 * 128 + 3 * 512 * 128 + 2 * 128) + 128,
     "3m": 2 * 260 * 256 + 4 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 688 * 256 + 2 * 256) + 256,
     "100m": 2 * 32_000 * 768 + 12 * (2 * 768 * 768 + 2 * 256 * 768 + 3 * 2048 * 768 + 2 * 768) + 768,
 }
@@ -100,7 +101,7 @@ def test_a_name_that_is_not_there_is_refused_with_the_nearest():
         ValueError, match=r"preset: found 'llama3-8B'; expected one of tiny, .*Did you mean 'llama3-8b'"
     ):
         preset("llama3-8B")
-    with pytest.raises(ValueError, match=r"expected one of tiny, 3m, 100m, .*qwen3-8b\.$"):
+    with pytest.raises(ValueError, match=r"expected one of tiny, 1m, 3m, 100m, .*qwen3-8b\.$"):
         preset("???")
     with pytest.raises(ValueError, match="vocab_size: found 0"):
         preset("tiny", vocab_size=0)
