@@ -107,7 +107,7 @@ def info(folder: tyro.conf.Positional[Path], *, json: bool = False) -> int:
         print(f"  a master that serves at {', '.join(map(str, facts['bits']))} bits")
     print("  stored as " + ", ".join(f"{n:,} bytes of {name}" for name, n in facts["bytes_by_dtype"].items()))
     print(f"  KV cache per token: {facts['kv_bytes_per_token']['bfloat16']:,} bytes in bfloat16")
-    print("  device memory -> tokens of cache beside bfloat16 weights")
+    print(f"  device memory -> tokens of cache beside {'the master' if facts['bits'] else 'bfloat16 weights'}")
     for gib, fit in facts["fits"].items():
         print(f"    {gib:>4} GiB  " + (f"{fit:,} tokens" if fit else "weights do not fit"))
     return 0
