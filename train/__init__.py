@@ -16,5 +16,7 @@ metrics.py     one JSON line a step, and the curve
 data/          where batches come from
 labels/        where labels of steps come from
 objectives/    what is minimised
+advantages/    what each token or answer was worth beside what was to be expected
+rewards/       what an answer is worth, from what was found out about it
 precision/     one master for all widths: what each width learns, and which layer gets which
 """

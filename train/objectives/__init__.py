@@ -10,6 +10,9 @@ specdec_pp.py  a head on the drafter's states: will this draft be accepted?
 labelled.py  what labelled tokens teach: shared by judges and reward models
 prm.py       a reward model learns which steps are right
 ivo.py       a value model learns what a text is worth from any of its tokens
+kl_estimators.py  how far the policy is from the reference: k1, k2, k3, and what each is as a loss
+policy_gradient.py  sampled answers and their advantages: PPO, GRPO, DAPO, GSPO, CISPO; four ways to add tokens up
+ppo.py       the value model of PPO
 classify.py  labels of images, and what a teacher says
 judge.py     a head on the target's states: is this token good, from labels
 """

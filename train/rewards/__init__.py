@@ -1,0 +1,5 @@
+"""What an answer is worth, from what was found out about it. Nothing here generates, judges or checks answers.
+
+truthrl.py   right, abstained or wrong: three rewards, so that a guess is worth less than silence
+critique.py  a critique's two stages: is its verdict right, and does the answer get better
+"""
