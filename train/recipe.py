@@ -28,7 +28,7 @@ from ..models.tokenizer import Tokenizer
 from ..sharding.rules import Rules
 from . import qat
 from .data.formats import Layout
-from .data.pipeline import count_units
+from .data.pipeline import Encode, count_units
 from .data.steps import StepsConfig, encode_steps, step_targets
 from .data.tokenise import Encoded, encode_labelled, encode_sft
 from .labels.truth import outcome_row
@@ -218,7 +218,6 @@ def beside_target(
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes
-Encode = Callable[[Mapping[str, Any]], Encoded]
 Examples = Sequence[Mapping[str, Any]]
 
 
@@ -237,6 +236,7 @@ class Recipe(NamedTuple):
     optimizer: Callable[[Origin, Any, OptimizerConfig, int], Any] = (  # (..., ..., settings, steps of the run)
         lambda origin, options, settings, steps: make_optimizer(settings, steps)
     )
+    parts: Callable[[Any], int] = lambda options: 1  # sequences of an example
     turns: Callable[[Origin, Any, int], Turns | None] = lambda origin, options, steps: None  # updates of one step
 
 

@@ -37,7 +37,7 @@ from .checkpoint import CheckpointConfig
 from .config import build, read_settings, write_settings
 from .data.arithmetic import ArithmeticConfig, ArithmeticExamples, arithmetic_tokenizer
 from .data.formats import Layout, open_examples
-from .data.pipeline import BatchConfig, Batches
+from .data.pipeline import BatchConfig, Batches, Encode
 from .data.tokenise import Encoded
 from .labels.truth import ArithmeticSolutions, SolutionsConfig
 from .loop import fit
@@ -49,7 +49,6 @@ from .recipe import (
     AcceptanceOptions,
     DrafterOptions,
     EarlyExitOptions,
-    Encode,
     JudgeOptions,
     Origin,
     RewardOptions,
@@ -264,7 +263,7 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
     examples = recipe.weigh(_examples(cfg, recipe.layout, progress), options)
     encode = recipe.encoder(origin, options)
     mesh = make_mesh(cfg.mesh)
-    batches = _batches(cfg, encode, examples, mesh)
+    batches = _batches(cfg, encode, recipe.parts(options), examples, mesh)
     mark = _mark_of(cfg, examples, encode)
     board = _board(cfg)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
@@ -377,7 +376,7 @@ def _examples(cfg: RunConfig, layout: Layout, progress: bool) -> Any:
     return examples
 
 
-def _batches(cfg: RunConfig, encode: Encode, examples, mesh) -> Batches:
+def _batches(cfg: RunConfig, encode: Encode, parts: int, examples, mesh) -> Batches:
     """This process runs the streams that fill its rows."""
     micro = cfg.batch.size // cfg.batch.micro_batches
     mine, per_stream = local_rows(mesh, RULES, micro), micro // cfg.batch.shards
@@ -391,19 +390,21 @@ def _batches(cfg: RunConfig, encode: Encode, examples, mesh) -> Batches:
         encode,
         cfg.batch,
         seed=cfg.seed,
+        parts=parts,
         shards=range(mine.start // per_stream, mine.stop // per_stream),
         fixed_length=jax.process_count() > 1,
     )
 
 
-def _mark_of(cfg: RunConfig, examples: Sequence[Mapping[str, Any]], encode: Callable[[Any], Encoded]) -> str:
+def _mark_of(cfg: RunConfig, examples: Sequence[Mapping[str, Any]], encode: Encode) -> str:
     """By which to know the order of the samples again: its settings, the number of rows, and tokens of some of them."""
     number, batch = len(examples), dataclasses.asdict(cfg.batch) | {"micro_batches": None}
     rows = []
     for i in sorted({i * (number - 1) // 15 for i in range(16)}):
-        encoded = encode(examples[i])
-        labels = [] if encoded.labels is None else [encoded.labels.tolist()]
-        rows.append([encoded.ids.tolist(), encoded.scored.tolist(), examples[i].get("weight"), *labels])
+        found = encode(examples[i])
+        for encoded in (found,) if isinstance(found, Encoded) else found:
+            labels = [] if encoded.labels is None else [encoded.labels.tolist()]
+            rows.append([encoded.ids.tolist(), encoded.scored.tolist(), examples[i].get("weight"), *labels])
     return hashlib.sha256(json.dumps([cfg.seed, batch, number, rows]).encode()).hexdigest()
 
 

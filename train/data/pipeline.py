@@ -23,7 +23,9 @@ class Batch(NamedTuple):
     """What a step sees; NumPy arrays as long as it is on the host. Leading axes are micro-batches and rows.
 
     What stands at a token's position predicts its target.
-    Segments number the examples of a row from 1; 0 is padding. A token sees its own segment alone.
+    Segments number the sequences of a row from 1; 0 is padding. A token sees its own segment alone. An example of G
+    sequences, such as the two of a pair, has G segments in a row one after the other, of which the first is numbered
+    1 + a multiple of G.
 
     Of an example with labels (`Encoded.labels`) all tokens stand in the row, the last one with target 0, and what mask,
     weights and labels say is of the token at that position itself, not of its target: it is what a head is to make of
@@ -65,6 +67,9 @@ class BatchConfig:
             )
 
 
+Encode = Callable[[Mapping[str, Any]], Encoded | tuple[Encoded, ...]]
+
+
 class Batches:
     """An endless iterator over this process's part of every batch, and where it stands.
 
@@ -76,10 +81,11 @@ class Batches:
     def __init__(
         self,
         examples: Sequence[Mapping[str, Any]],
-        encode: Callable[[Mapping[str, Any]], Encoded],
+        encode: Encode,
         cfg: BatchConfig,
         *,
         seed: int,
+        parts: int = 1,
         shards: range | None = None,
         fixed_length: bool = False,
     ):
@@ -87,15 +93,20 @@ class Batches:
 
         Args:
           examples: random access to checked rows.
-          encode: tokens of one of them.
+          encode: tokens of one of them: a sequence, or as many as `parts`, each of which gets that share of a row.
           cfg: how to batch.
           seed: of the order.
+          parts: sequences of an example, G.
           shards: the streams of this process; all when not given.
           fixed_length: pad unpacked rows to `max_length` always; needed when other processes hold other rows.
         """
         self.dropped: set[int] = set()
         self.mismatched: set[int] = set()
-        self._cfg, self._fixed = cfg, fixed_length
+        self._cfg, self._fixed, self._parts = cfg, fixed_length, parts
+        if cfg.max_length // parts < 2:
+            raise ValueError(
+                f"Batches: max_length={cfg.max_length} for {parts} sequences; expected 2 tokens each at least."
+            )
         self._misses: dict[int, int] = {}  # of each stream, since it last kept an example
         mine = range(cfg.shards) if shards is None else shards
         self._streams = {s: iter(self._stream(examples, encode, seed, s)) for s in mine}
@@ -132,11 +143,11 @@ class Batches:
         made = made.filter(lambda features: features is not None)
         stream = made.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4 * rows))
         if cfg.packing:
-            lengths = dict.fromkeys(("tokens", "targets", "mask", "weights", "labels"), cfg.max_length)
+            lengths = dict.fromkeys(_FEATURES, cfg.max_length)
             packed = grain.experimental.FirstFitPackIterDataset(
                 stream, length_struct=lengths, num_packing_bins=rows, shuffle_bins=False
             )
-            stream = packed.map(_named).batch(rows)
+            stream = packed.map(lambda row: _named(row, self._parts)).batch(rows)
         else:
             stream = _GroupByLength(stream, rows, seed).map(lambda group: _pad(group, self._length(group)))
         return grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=2)
@@ -144,10 +155,15 @@ class Batches:
     def _features(self, examples, encode, i: int, shard: int) -> dict[str, np.ndarray] | None:
         """Inputs and targets of one example, or None if there is nothing to learn from it."""
         example = examples[i]
-        encoded = truncate(encode(example), self._cfg.max_length, self._cfg.truncation)
-        if encoded.mismatch:
+        found = encode(example)
+        sequences = (found,) if isinstance(found, Encoded) else found
+        if len(sequences) != self._parts:
+            raise ValueError(f"Batches: an example of {len(sequences)} sequences; expected {self._parts}.")
+        most = self._cfg.max_length // self._parts
+        sequences = [truncate(encoded, most, self._cfg.truncation) for encoded in sequences]
+        if any(encoded.mismatch for encoded in sequences):
             self.mismatched.add(i)
-        if not encoded.scored.any():
+        if not all(encoded.scored.any() for encoded in sequences):
             self.dropped.add(i)
             self._misses[shard] = self._misses.get(shard, 0) + 1
             if self._misses[shard] > len(examples):  # a whole epoch: the search for a good one would not end
@@ -158,14 +174,9 @@ class Batches:
                 )
             return None
         self._misses[shard] = 0
-        ids, mask, labels = encoded.ids, encoded.scored, encoded.labels
-        if labels is None:
-            tokens, targets, mask = ids[:-1], ids[1:], mask[1:]
-            labels = np.zeros(len(mask), np.float32)
-        else:
-            tokens, targets = ids, np.append(ids[1:], np.int32(0))
-        weights = mask.astype(np.float32) * np.float32(example.get("weight", 1.0))
-        return {"tokens": tokens, "targets": targets, "mask": mask, "weights": weights, "labels": labels}
+        weight = np.float32(example.get("weight", 1.0))
+        rows = [_sequence(encoded, part, weight) for part, encoded in enumerate(sequences)]
+        return {name: np.concatenate([row[name] for row in rows]) for name in _FEATURES}
 
     def _length(self, group: Sequence[Mapping[str, np.ndarray]]) -> int:
         most = self._cfg.max_length
@@ -191,26 +202,40 @@ def count_units(batch: Batch) -> dict[str, Int[Array, ""]]:
 
 
 # ----------------------------------------------------------------------------------------------------------- private
-def _named(packed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The packer's features under the names of `Batch`."""
+# Of a token: those of `Batch`, but for segments in their place which sequence of its example it belongs to, from 1.
+_FEATURES = ("tokens", "targets", "positions", "part", "mask", "weights", "labels")
+
+
+def _sequence(encoded: Encoded, part: int, weight: np.float32) -> dict[str, np.ndarray]:
+    ids, mask, labels = encoded.ids, encoded.scored, encoded.labels
+    if labels is None:
+        tokens, targets, mask = ids[:-1], ids[1:], mask[1:]
+        labels = np.zeros(len(mask), np.float32)
+    else:
+        tokens, targets = ids, np.append(ids[1:], np.int32(0))
+    positions = np.arange(len(tokens), dtype=np.int32)
     return {
-        "tokens": packed["tokens"],
-        "targets": packed["targets"],
-        "positions": packed["tokens_positions"],
-        "segments": packed["tokens_segment_ids"],
-        "mask": packed["mask"],
-        "weights": packed["weights"],
-        "labels": packed["labels"],
+        "tokens": tokens,
+        "targets": targets,
+        "positions": positions,
+        "part": np.full_like(positions, part + 1),
+        "mask": mask,
+        "weights": mask.astype(np.float32) * weight,
+        "labels": labels,
     }
+
+
+def _named(packed: Mapping[str, np.ndarray], parts: int) -> dict[str, np.ndarray]:
+    """The packer's features under the names of `Batch`."""
+    example = packed["tokens_segment_ids"]  # from 1; 0 is padding
+    segments = np.where(example > 0, (example - 1) * parts + packed["part"], 0).astype(np.int32)
+    return {name: packed[name] for name in _FEATURES if name != "part"} | {"segments": segments}
 
 
 def _pad(group: Sequence[Mapping[str, np.ndarray]], length: int) -> dict[str, np.ndarray]:
     """One example a row."""
-    rows = {name: np.stack([np.pad(f[name], (0, length - len(f[name]))) for f in group]) for name in group[0]}
-    lengths = np.asarray([len(f["tokens"]) for f in group])[:, None]
-    index = np.arange(length, dtype=np.int32)[None]
-    inside = index < lengths
-    return rows | {"positions": np.where(inside, index, 0), "segments": inside.astype(np.int32)}
+    rows = {name: np.stack([np.pad(f[name], (0, length - len(f[name]))) for f in group]) for name in _FEATURES}
+    return {"segments": rows.pop("part")} | rows
 
 
 class _GroupByLength(grain.IterDataset):

@@ -86,6 +86,12 @@ def encode_labelled(tokenizer: Tokenizer, example: Mapping[str, Any]) -> Encoded
     return encoded._replace(labels=encoded.scored * np.float32(example["label"]))
 
 
+def encode_pairs(tokenizer: Tokenizer, example: Mapping[str, Any]) -> tuple[Encoded, Encoded]:
+    """An example of layout `pairs`: the prompt with the chosen completion, and with the rejected one."""
+    chosen, rejected = (encode_pair(tokenizer, example["prompt"], example[side]) for side in ("chosen", "rejected"))
+    return chosen, rejected
+
+
 def truncate(encoded: Encoded, max_length: int, how: Truncation = "keep_start") -> Encoded:
     """At most `max_length` tokens, from the start or from the end.
 

@@ -285,3 +285,74 @@ def test_a_stream_that_finds_nothing_ends_its_search():
     stream = Batches(Even(), odd, BatchConfig(size=4, max_length=40, shards=2, shuffle=False), seed=0)
     with pytest.raises(ValueError, match="stream 1, keeps a completion token"):
         next(stream)
+
+
+# -------------------------------------------------------------------------------------------------- several sequences
+def pair(example):
+    """Two sequences, the second shorter; tokens say which example and which of the two."""
+    i = example["i"]
+    lengths = (4 + i * 7 % 17, 3 + i * 5 % 11)
+    made = []
+    for side, length in enumerate(lengths):
+        scored = np.arange(length) >= 2
+        made.append(Encoded(np.full(length, 2 * i + side + 1, np.int32), scored, mismatch=i == 5 and side == 1))
+    return tuple(made)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_sequences_of_an_example_are_neighbours_and_see_themselves_alone(packing):
+    stream = Batches(Rows(), pair, BatchConfig(size=4, max_length=40, packing=packing), seed=0, parts=2)
+    seen = []
+    while len(seen) < 2 * N:
+        batch = next(stream)
+        assert batch.tokens.shape[-1] <= 64
+        for row in zip(*(np.asarray(leaf).reshape(-1, leaf.shape[-1]) for leaf in batch), strict=True):
+            tokens, targets, positions, segments, mask, weights, _ = row
+            assert (np.diff(segments[segments > 0]) >= 0).all()
+            assert segments.max() % 2 == 0
+            assert packing or segments.max() == 2
+            for segment in range(1, segments.max() + 1):
+                at = np.flatnonzero(segments == segment)
+                i, side = divmod(int(tokens[at[0]]) - 1, 2)
+                want = pair({"i": i})[side]
+                assert side == (segment - 1) % 2
+                np.testing.assert_array_equal(tokens[at], want.ids[:-1])
+                np.testing.assert_array_equal(targets[at], want.ids[1:])
+                np.testing.assert_array_equal(positions[at], np.arange(len(at)))
+                np.testing.assert_array_equal(mask[at], want.scored[1:])
+                np.testing.assert_array_equal(weights[at], want.scored[1:] * (0.5 if i == 3 else 1.0))
+                if side:
+                    assert int(tokens[at[0] - 1]) == 2 * i + 1  # what it is compared with stands before it
+                    seen.append(i)
+            assert not any(leaf[segments == 0].any() for leaf in row)
+    assert {*seen} == {*range(N)}
+    assert stream.mismatched == {5}
+
+
+def test_each_sequence_gets_its_share_of_a_row_and_none_may_lose_its_completion():
+    def long(example):
+        first, second = pair(example)
+        late = Encoded(np.full(30, 9, np.int32), np.arange(30) >= 25)  # nothing is left of it within 20 tokens
+        return first, (
+            late if example["i"] == 7 else second._replace(ids=np.resize(second.ids, 30), scored=np.arange(30) > 3)
+        )
+
+    stream = Batches(Rows(), long, BatchConfig(size=4, max_length=40, packing=False), seed=0, parts=2)
+    for _ in range(N):
+        batch = next(stream)
+        for row, segments in zip(
+            batch.tokens.reshape(-1, batch.tokens.shape[-1]),
+            batch.segments.reshape(-1, batch.segments.shape[-1]),
+            strict=True,
+        ):
+            assert (segments == 2).sum() == 19  # 20 tokens, of which the last is a target alone
+            assert 15 not in row
+    assert stream.dropped == {7}
+
+
+@pytest.mark.errors
+def test_examples_of_another_number_of_sequences_are_refused():
+    with pytest.raises(ValueError, match="an example of 1 sequences; expected 2"):
+        next(Batches(Rows(), encode, BatchConfig(size=4, max_length=40), seed=0, parts=2))
+    with pytest.raises(ValueError, match="max_length=3 for 2 sequences; expected 2 tokens each at least"):
+        Batches(Rows(), pair, BatchConfig(size=4, max_length=3), seed=0, parts=2)
