@@ -8,7 +8,15 @@ import pytest
 
 from jaxaroo.models.tokenizer import byte_tokenizer, load_tokenizer
 from jaxaroo.train.data.arithmetic import ArithmeticConfig, ArithmeticExamples, arithmetic_tokenizer
-from jaxaroo.train.data.tokenise import Encoded, encode_labelled, encode_messages, encode_pair, encode_sft, truncate
+from jaxaroo.train.data.tokenise import (
+    Encoded,
+    encode_labelled,
+    encode_messages,
+    encode_pair,
+    encode_pairs,
+    encode_sft,
+    truncate,
+)
 
 GOLDENS = Path(__file__).parents[2] / "goldens" / "tokenizer"
 USER, ANSWER = {"role": "user", "content": "the emu?"}, {"role": "assistant", "content": "it ran"}
@@ -209,6 +217,20 @@ def test_a_labelled_completion_has_its_label_on_every_token_and_its_end(label):
     assert got.labels.dtype == np.float32
     assert got.labels.tolist() == [float(scored and label) for scored in plain.scored]
     assert plain.scored[-1]
+
+
+def test_the_two_of_a_pair_are_the_prompt_with_either_completion():
+    t = golden("byte")
+    chosen, rejected = encode_pairs(t, {"prompt": "the emu?", "chosen": " it ran", "rejected": " no idea"})
+    for got, completion in ((chosen, " it ran"), (rejected, " no idea")):
+        want = encode_pair(t, "the emu?", completion)
+        np.testing.assert_array_equal(got.ids, want.ids)
+        np.testing.assert_array_equal(got.scored, want.scored)
+    assert scored_text(t, chosen).startswith(" it ran")
+    chat = encode_pairs(
+        golden("qwen"), {"prompt": [USER], "chosen": [ANSWER], "rejected": [MORE | {"role": "assistant"}]}
+    )
+    assert scored_text(golden("qwen"), chat[1]).startswith("where to?")
 
 
 def test_labels_are_cut_with_their_tokens():
