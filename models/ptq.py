@@ -242,12 +242,12 @@ def quantise_model(
         return to_master(params, init_scales(params, chosen), chosen)
     configs = quantised_paths(params, rules)
     if gains := [name for name, c in configs.items() if c.gain]:
-        raise NotImplementedError(
+        raise ValueError(
             f"quantise_model: {gains[0]} has gains, and method='gptq'; expected a config without. They would be fitted "
             "to other codes."
         )
     if outside := [name for name in configs if not name.startswith("layers/")]:
-        raise NotImplementedError(f"quantise_model: {outside[0]} and method='gptq'; expected matrices of layers.")
+        raise ValueError(f"quantise_model: {outside[0]} and method='gptq'; expected matrices of layers.")
     layers = []
 
     def each(i: int, p: Params, moments: Moments) -> Params:
