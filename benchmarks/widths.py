@@ -4,7 +4,7 @@ The weights are random, which changes nothing here. For floats and for each widt
 compiler says a decoding loop holds (arguments, and temporaries beside them), and tokens a second of plain greedy
 decoding, all of them in turns in one process. Of the switch from the master: seconds, and temporaries of the largest.
 
-    python -m benchmarks.widths                                        (on CPU, where no width is faster than floats)
+    python -m benchmarks.widths
     python -m benchmarks.widths --shape llama-8b --dtype bfloat16      (on an accelerator)
 """
 
@@ -22,9 +22,8 @@ import numpy as np
 from benchmarks import record
 from benchmarks.shapes import SHAPES
 from jaxaroo.infer import decode as device
-from jaxaroo.infer.engine import Engine
 from jaxaroo.infer.sampling import Sampling, pack_sampling
-from jaxaroo.infer.widths import weigh
+from jaxaroo.infer.widths import decode_speed, weigh
 from jaxaroo.models.decoder import DecoderConfig, Model, Params, init_params, unstack_layers
 from jaxaroo.models.multi_precision import MATRICES, init_scales, switch_bits, to_master
 from jaxaroo.models.quantise import QuantConfig
@@ -57,7 +56,9 @@ def main() -> None:
     for name, model in models.items():
         result["widths"][name] = {"bytes": weigh(model)._asdict(), "program": program(model)}
     for batch in opts.batch:
-        for name, rates in speeds(models, batch, opts.tokens, opts.runs).items():
+        for name, rates in decode_speed(
+            models, batch=batch, prompt=PROMPT, tokens=opts.tokens, repeats=opts.runs
+        ).items():
             result["widths"][name][f"tokens_per_second_batch_{batch}"] = record.spread(rates)
     for name, row in result["widths"].items():
         times = [row[f"tokens_per_second_batch_{b}"]["median"] for b in opts.batch]
@@ -99,21 +100,6 @@ def program(model: Model, batch: int = 1) -> dict[str, int]:
     halt = np.zeros(batch, bool)
     found = device.decode.lower(cfg, params, state, rows, halt, np.int32(8)).compile().memory_analysis()
     return {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes}
-
-
-def speeds(models: dict[str, Model], batch: int, tokens: int, runs: int) -> dict[str, list[float]]:
-    """Tokens a second of the decode loop, one number a run; the first run compiles and is not counted."""
-    sampling = Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    prompts = [[1 + i] * PROMPT for i in range(batch)]
-    engines = {name: Engine(model, max_seqs=batch, max_len=PROMPT + tokens) for name, model in models.items()}
-    found: dict[str, list[float]] = {name: [] for name in models}
-    for run in range(runs + 1):
-        for name, engine in engines.items():
-            before = engine.stats()["decode_seconds"]
-            engine.generate(prompts, sampling)
-            if run:
-                found[name].append(batch * (tokens - 1) / (engine.stats()["decode_seconds"] - before))
-    return found
 
 
 if __name__ == "__main__":

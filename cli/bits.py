@@ -1,6 +1,7 @@
 """`jaxaroo eval bits`: one master at every width, beside models trained for one alone, and plans that mix widths."""
 
 import json as jsonlib
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,7 +96,7 @@ def eval_bits(
         timed = {e["name"]: e["model"] for e in entries if e["kind"] in ("width", "plain")}
         speeds = decode_speed(timed, batch=batch, repeats=repeats, progress=not json)
         for entry in entries:
-            entry["tokens_per_second"] = speeds.get(entry["name"])
+            entry["tokens_per_second"] = statistics.median(speeds[entry["name"]]) if entry["name"] in speeds else None
     alone = {e["bits"]: e for e in entries if e["kind"] == "single"}
     for entry in entries:
         del entry["model"]

@@ -5,7 +5,6 @@ arrays on the device. Speed is measured in turns: every model writes the same nu
 often as asked, so that a machine that gets slower does so for all of them.
 """
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,12 +71,18 @@ def weigh(model: Model) -> Weight:
 
 
 def decode_speed(
-    models: Mapping[str, Model], *, batch: int = 1, tokens: int = 64, repeats: int = 5, progress: bool = False
-) -> dict[str, float]:
-    """Tokens a second of each model, the median of its turns; the first, which compiles, is not counted."""
+    models: Mapping[str, Model],
+    *,
+    batch: int = 1,
+    prompt: int = 8,
+    tokens: int = 64,
+    repeats: int = 5,
+    progress: bool = False,
+) -> dict[str, list[float]]:
+    """Tokens a second of each model, one number a turn; the first turn, which compiles, is not counted."""
     sampling = Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    prompts = [[1 + i] * 8 for i in range(batch)]
-    engines = {name: Engine(model, max_seqs=batch, max_len=tokens + 8) for name, model in models.items()}
+    prompts = [[1 + i] * prompt for i in range(batch)]
+    engines = {name: Engine(model, max_seqs=batch, max_len=prompt + tokens) for name, model in models.items()}
     found: dict[str, list[float]] = {name: [] for name in models}
     with tqdm(total=(repeats + 1) * len(engines), desc="speed", disable=None if progress else True) as bar:
         for turn in range(repeats + 1):
@@ -90,7 +95,7 @@ def decode_speed(
                 bar.update()
     for engine in engines.values():
         engine.close()
-    return {name: statistics.median(speeds) for name, speeds in found.items()}
+    return found
 
 
 def plot_widths(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
