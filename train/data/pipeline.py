@@ -202,7 +202,7 @@ def count_units(batch: Batch) -> dict[str, Int[Array, ""]]:
 
 
 # ----------------------------------------------------------------------------------------------------------- private
-# Of a token: those of `Batch`, but for segments in their place which sequence of its example it belongs to, from 1.
+# Of every token the fields of `Batch`; but in the place of segments `part`: which sequence of its example, from 1.
 _FEATURES = ("tokens", "targets", "positions", "part", "mask", "weights", "labels")
 
 
