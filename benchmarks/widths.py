@@ -95,7 +95,7 @@ def program(model: Model, batch: int = 1) -> dict[str, int]:
     sampling = pack_sampling([(Sampling(temperature=0.0, max_tokens=8), 0, 0)] * batch, 0, cfg.vocab_size)
     length = np.full(batch, PROMPT, np.int32)
     rows = device.Rows(sampling, length, length + 8, np.full((batch, 4), -1, np.int32))
-    params, tokens = jax.eval_shape(lambda: model.params), np.zeros((batch, PROMPT + 8), np.int32)
+    params, tokens = jax.eval_shape(lambda: model.params), np.zeros((batch, 2 * PROMPT), np.int32)
     state = jax.eval_shape(functools.partial(device.prefill, cfg, chunk=PROMPT), params, tokens, rows)
     halt = np.zeros(batch, bool)
     found = device.decode.lower(cfg, params, state, rows, halt, np.int32(8)).compile().memory_analysis()
