@@ -211,9 +211,16 @@ def qmm(
 
 
 def multiply(x: Float[Array, "B K"], w: QuantisedMatrix) -> Float[Array, "B N"]:
-    """`x @ W^T` in float32, for what is added to it; gains come last, as scales do."""
+    """`x @ W^T` in float32, for what is added to it; gains come last, as scales do.
+
+    Codes depend on x, by a zero that the compiler cannot see is one: else it would find that a decoding loop never
+    changes them, and unpack all layers in front of it, into the memory of a float model. A barrier does not do: it is
+    gone when XLA orders what runs.
+    """
     N = math.prod(w.shape) // x.shape[-1]
-    planes = tuple(p.reshape(N, -1) for p in w.planes)
+    first = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x)[0, 0].astype(jnp.float32), jnp.int32)
+    zero = jnp.minimum(jax.lax.shift_right_logical(first, 31), 0)  # of the sign, 0 or 1
+    planes = tuple(p.reshape(N, -1) + zero.astype(p.dtype) for p in w.planes)
     y = qmm(x, planes, w.scale.reshape(N, -1), bits=w.bits, master=w.master, act=w.act, dtype=jnp.float32)
     return y if w.gain is None else y * w.gain.astype(jnp.float32).reshape(1, N)
 

@@ -423,3 +423,37 @@ def test_widths_and_shapes_that_mean_nothing_are_refused():
 def test_the_reference_is_the_product_of_its_codes():
     x, codes, scale = case(3, 200, 7, 1)
     np.testing.assert_allclose(reference(x, codes, scale), static(x, codes, scale, bits=8), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_a_loop_unpacks_one_matrix_at_a_time(bits):
+    """Of several that it never changes; otherwise it would hold a float copy of all of them."""
+    K, layers = 256, 6
+    codes = jnp.zeros((layers, K, K), jnp.int8)
+    one = lambda c: QuantisedMatrix(
+        planes=repack(c, 8, bits), scale=jnp.ones((K, 1), jnp.bfloat16), bits=bits, master=8, shape=(K, K)
+    )
+    matrices = tuple(one(c) for c in codes)
+
+    @jax.jit
+    def loop(x, matrices):
+        def body(_, x):
+            for w in matrices:
+                x = multiply(x, w)
+            return x
+
+        return jax.lax.fori_loop(0, 5, body, x)
+
+    taken = loop.lower(jnp.ones((1, K)), matrices).compile().memory_analysis().temp_size_in_bytes
+    assert taken < 3 * 4 * K * K  # of 6 matrices; a product by itself may hold its codes and its floats
+
+
+def test_a_gradient_passes_through_a_product():
+    rng = np.random.default_rng(0)
+    codes = jnp.asarray(rng.integers(-8, 8, (6, 128)), jnp.int8)
+    w = QuantisedMatrix(
+        planes=pack(codes, 4), scale=jnp.full((6, 1), 0.5, jnp.bfloat16), bits=4, master=4, shape=(6, 128)
+    )
+    back = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)
+    got = jax.grad(lambda x: jnp.sum(multiply(x, w) * back))(jnp.ones((2, 128)))
+    np.testing.assert_allclose(got, np.asarray(back, np.float64) @ (0.5 * np.asarray(codes, np.float64)), rtol=1e-5)
