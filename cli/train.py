@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from .output import UsageError, cut_half_line
+from .output import UsageError, cut_half_line, dumps
 
 SUMMARIES = {
     "sft": "Fine-tune a model on prompts and completions.",
@@ -22,6 +22,7 @@ SUMMARIES = {
     "orm": "Train an outcome reward model, which says whether a solution is right.",
     "value": "Train a value model, which says from any token how an answer will end.",
     "qat": "Train one int8 master that serves at 8, 6, 4 and 2 bits.",
+    "preference": "Learn from preferences (DPO and its family, KTO, ORPO, SimPO ...), or fine-tune with an anchor.",
 }
 
 
@@ -36,9 +37,11 @@ def train_command(kind: str, args: list[str]) -> Callable[..., int]:
     from ..train.recipe import RECIPES
     from ..train.run import RunConfig, start
 
-    recipe, config = RECIPES[kind], _config_of(args)
+    if kind == "preference":
+        return preference_command(args)
+    recipe, config = RECIPES[kind], _value_of("--config", args)
     needed = dict.fromkeys(("model", "data", "out"), tyro.MISSING) | dict(recipe.defaults)
-    default = build(RunConfig, needed | (read_settings(RunConfig, config) if config else {}))
+    default = build(RunConfig, needed | (read_settings(RunConfig, Path(config)) if config else {}))
 
     def command(
         *,
@@ -64,7 +67,7 @@ def train_command(kind: str, args: list[str]) -> Callable[..., int]:
         """
         _join(coordinator, num_processes, process_id)
         if regenerate is not None:
-            if recipe.layout != "sft":
+            if recipe.layout(options) != "sft":
                 raise UsageError(
                     f"train {kind}: --regenerate; expected it with kinds that learn from prompts and completions "
                     "alone, for a label belongs to the answer it was given to."
@@ -123,6 +126,92 @@ def train_qat() -> int:
     raise AssertionError("`main` puts what `train_command` makes in this place")
 
 
+def train_preference() -> int:
+    """Learn from preferences (DPO and its family, KTO, ORPO, SimPO ...), or fine-tune with an anchor."""
+    raise AssertionError("`main` puts what `train_command` makes in this place")
+
+
+def preference_command(args: list[str]) -> Callable[..., int]:
+    """The command with the settings of the objective that is named; for `--objective list` one that lists them.
+
+    Args:
+      args: the command line behind its name.
+    """
+    from ..train.config import build, read_settings
+    from ..train.objectives.by_name import OBJECTIVES
+    from ..train.preference import PreferenceOptions, with_settings
+    from ..train.recipe import RECIPES
+    from ..train.run import RunConfig, start
+
+    name = _value_of("--objective", args) or PreferenceOptions.objective
+    if name == "list":
+        return list_objectives
+    known = OBJECTIVES.get(name)
+    if known is None:
+        PreferenceOptions(objective=name)  # refuses, and says which is near
+        raise AssertionError(name)
+    rate = {"optimizer": {"learning_rate": known.learning_rate}} if known.learning_rate else {}
+    needed = dict.fromkeys(("model", "data", "out"), tyro.MISSING) | dict(RECIPES["preference"].defaults) | rate
+    config = _value_of("--config", args)
+    default = build(RunConfig, needed | (read_settings(RunConfig, Path(config)) if config else {}))
+    kind: Any = type(known.config)
+
+    def command(
+        *,
+        settings: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
+        options: Annotated[PreferenceOptions, tyro.conf.arg(name="")] = PreferenceOptions(objective=name),
+        loss: Annotated[kind, tyro.conf.arg(name="")] = known.config,  # type: ignore[valid-type]
+        config: Path | None = None,
+        coordinator: str | None = None,
+        num_processes: int | None = None,
+        process_id: int | None = None,
+    ) -> int:
+        """Train.
+
+        Args:
+          settings: of the run.
+          options: of preference training.
+          loss: of the objective.
+          config: YAML file of settings; what is given here as well wins.
+          coordinator: HOST:PORT of process 0, when a run of several processes is not started by SLURM or on a TPU pod.
+          num_processes: how many take part.
+          process_id: which of them this is.
+        """
+        _join(coordinator, num_processes, process_id)
+        return _leave(start("preference", settings, with_settings(options, loss), progress=True), settings.out)
+
+    command.__doc__ = (command.__doc__ or "").replace("Train.", SUMMARIES["preference"], 1)
+    return command
+
+
+def list_objectives(*, objective: str = "list", json: bool = False) -> int:
+    """Print every objective: its paper, the rows it learns from, what it reads of a reference, its settings.
+
+    Args:
+      objective: `list`.
+      json: print JSON instead of a table.
+    """
+    from ..train.objectives.by_name import OBJECTIVES
+
+    rows = []
+    for name, known in OBJECTIVES.items():
+        settings = dataclasses.asdict(known.config)
+        more = {"learning_rate": known.learning_rate, "batch": known.batch}
+        row = {"objective": name, "paper": f"arXiv:{known.paper}", "layout": known.layout}
+        row |= {"reference": known.reads(known.config), "settings": settings}
+        rows.append(row | {key: value for key, value in more.items() if value is not None})
+    if json:
+        print(dumps(rows))
+        return 0
+    for row in rows:
+        heads = [f"{row['objective']:10}", f"{row['paper']:17}", f"{row['layout']:13}", f"reads {row['reference']}"]
+        print("  ".join(heads))
+        print("    " + "  ".join(f"{key}={value}" for key, value in row["settings"].items()))
+        if more := [f"{key} {row[key]:g}" for key in ("learning_rate", "batch") if key in row]:
+            print(f"    published: {', '.join(more)}")
+    return 0
+
+
 def train_resume(
     folder: tyro.conf.Positional[Path],
     /,
@@ -158,11 +247,11 @@ def acceptance(emitted: list[int]) -> dict[str, float]:
 
 
 # ----------------------------------------------------------------------------------------------------------- private
-def _config_of(args: list[str]) -> Path | None:
-    """What stands behind `--config`; the parser comes too late for it, as it wants the defaults first."""
-    found = [b for a, b in itertools.pairwise(args) if a == "--config"]
-    found += [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
-    return Path(found[-1]) if found else None
+def _value_of(option: str, args: list[str]) -> str | None:
+    """What stands behind an option; the parser comes too late for it, as it wants the defaults first."""
+    found = [b for a, b in itertools.pairwise(args) if a == option]
+    found += [arg.removeprefix(f"{option}=") for arg in args if arg.startswith(f"{option}=")]
+    return found[-1] if found else None
 
 
 def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

@@ -5,6 +5,8 @@ rounds.py      a model learns from its own answers, in rounds
 vision.py      runs of the vision models
 statistics.py  running statistics in a training state
 recipe.py      what kinds of runs there are
+preference.py  settings of preference training, and what they make of a decoder
+references.py  what the reference says of every row, written down once
 qat.py         settings of joint quantisation-aware training, and what they make of a decoder
 config.py      settings as YAML, checked
 state.py       what changes from step to step

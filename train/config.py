@@ -89,8 +89,10 @@ def _fits(hint: Any, value: Any) -> bool:
     if origin is typing.Literal:
         return value in args and type(value) in {type(arg) for arg in args}
     if origin is tuple:
-        many = isinstance(value, list | tuple)
-        return many and (all(_fits(args[0], v) for v in value) if args[1:] == (...,) else False)
+        if not isinstance(value, list | tuple):
+            return False
+        kinds = args[:1] * len(value) if args[1:] == (...,) else args
+        return len(kinds) == len(value) and all(map(_fits, kinds, value))
     if hint in (None, type(None)):
         return value is None
     if hint is float:
@@ -110,7 +112,10 @@ def _value(hint: Any, value: Any) -> Any:
         return float(value)
     if float in hints and str not in hints and (number := _number(value)) is not None:
         return number
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        args = next((typing.get_args(h) for h in (hint, *hints) if typing.get_origin(h) is tuple), (Any, ...))
+        return tuple(map(_value, args[:1] * len(value) if args[1:] == (...,) else args, value))
+    return value
 
 
 def _number(value: Any) -> float | None:
@@ -125,7 +130,9 @@ def _spell(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {', '.join(map(str, typing.get_args(hint)))}"
     if typing.get_origin(hint) is tuple:
-        return f"a list of {_spell(typing.get_args(hint)[0])}"
+        args = typing.get_args(hint)
+        each = _spell(args[0]) if args[1:] == (...,) else f"{' and '.join(map(_spell, args))}, in this order"
+        return f"a list of {each}"
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_spell(arg) for arg in typing.get_args(hint))
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}

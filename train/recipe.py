@@ -7,14 +7,12 @@ network too, their companion.
 """
 
 import dataclasses
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from ..models import checkpoint, eagle, heads, hf, jakiro, kangaroo, reward
@@ -26,10 +24,10 @@ from ..models.reward import RewardConfig, RewardModel
 from ..models.safetensors import CheckpointError, read_json
 from ..models.tokenizer import Tokenizer
 from ..sharding.rules import Rules
-from . import qat
+from . import preference, qat
 from .data.formats import Layout
 from .data.pipeline import Encode, count_units
-from .data.steps import StepsConfig, encode_steps, step_targets
+from .data.steps import StepsConfig, encode_steps, weigh_negatives
 from .data.tokenise import Encoded, encode_labelled, encode_sft
 from .labels.truth import outcome_row
 from .objectives import eagle as eagle_objective
@@ -42,10 +40,9 @@ from .objectives.jakiro import JakiroLossConfig
 from .objectives.labelled import LabelledLossConfig
 from .objectives.specdec_pp import DrafterConfig, SpecDecPPConfig
 from .optimizer import OptimizerConfig, make_optimizer
+from .preference import Carry, PreferenceOptions
 from .qat import QatOptions
 from .step import Counts, LossFn, Turns
-
-log = logging.getLogger(__name__)
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -170,6 +167,7 @@ class Trainable(NamedTuple):
     result: Callable[[Params, Params], Params]  # (trained, frozen) -> what is written
     write: Callable[[Path, Params], None]  # on one process, with the result on the host
     companion: Companion | None = None
+    carry: Carry | None = None
 
 
 class Origin(NamedTuple):
@@ -224,19 +222,21 @@ Examples = Sequence[Mapping[str, Any]]
 class Recipe(NamedTuple):
     """What one kind of training has that others have not."""
 
-    layout: Layout
+    layout: Callable[[Any], Layout]  # from its options
     encoder: Callable[[Origin, Any], Encode]  # (origin, options) -> how an example becomes tokens
     options: type  # a dataclass of the settings of this kind alone
     defaults: Mapping[str, Any]  # of the settings that all kinds have
     trainable: Callable[[Origin, Any, LoraConfig | None], Trainable]
     make_loss: Callable[..., LossFn]  # (origin, options, *, rules, remat)
-    counts: Counts = count_units
+    counts: Callable[[Any], Counts] = lambda options: count_units
     paths: tuple[str, ...] = ()  # options that name folders
-    weigh: Callable[[Examples, Any], Examples] = lambda examples, options: examples  # rows, with other weights
+    prepare: Callable[[Examples, Any], Examples] = lambda examples, options: examples  # rows, with more in them
     optimizer: Callable[[Origin, Any, OptimizerConfig, int], Any] = (  # (..., ..., settings, steps of the run)
         lambda origin, options, settings, steps: make_optimizer(settings, steps)
     )
     parts: Callable[[Any], int] = lambda options: 1  # sequences of an example
+    more: Callable[[Any], tuple[str, ...]] = lambda options: ()  # further numbers of tokens
+    scored: Callable[[Origin, Any], Encode | None] = lambda origin, options: None  # by a reference, before the run
     turns: Callable[[Origin, Any, int], Turns | None] = lambda origin, options, steps: None  # updates of one step
 
 
@@ -465,35 +465,9 @@ def _outcome_encoder(origin: Origin, options: RewardOptions) -> Encode:
 
 
 def _weigh_negatives(examples: Examples, options: RewardOptions) -> Examples:
-    """Negative up-sampling: solutions with a wrong step, and those without, as asked for of all weight."""
-    if not options.negative_share:
-        return examples
-    column, wrong = options.labels.column, options.labels.wrong
-    bad = np.array(
-        [any(t is not None and t <= wrong for t in step_targets(row[column], options.labels)) for row in examples]
-    )
-    share = float(bad.mean())
-    if share in (0.0, 1.0):
-        raise ValueError(f"train: {share:.0%} of the solutions hold a wrong step; expected some of both to weigh.")
-    wanted = options.negative_share
-    log.info("%.1f %% of %d solutions hold a wrong step; they now weigh %.1f %%", 100 * share, len(bad), 100 * wanted)
-    weights = np.where(bad, wanted / share, (1 - wanted) / (1 - share))
-    return Weighted(examples, weights)  # type: ignore[return-value]
-
-
-@dataclasses.dataclass(frozen=True)
-class Weighted:
-    """Rows with other weights."""
-
-    examples: Examples
-    weights: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.examples[index]
-        return {**row, "weight": row.get("weight", 1.0) * float(self.weights[index])}
+    """Negative up-sampling, by weight."""
+    share = options.negative_share
+    return weigh_negatives(examples, options.labels, share) if share else examples  # type: ignore[return-value]
 
 
 def _qat(origin: Origin, options: QatOptions, lora: LoraConfig | None) -> Trainable:
@@ -526,6 +500,23 @@ def _qat_loss(origin: Origin, options: QatOptions, *, rules: Rules, remat: Remat
     return qat.make_loss(origin.config, options, rules=rules, remat=remat)
 
 
+def _preference(origin: Origin, options: PreferenceOptions, lora: LoraConfig | None) -> Trainable:
+    """The decoder or adapters to it; what is written is a Hugging Face folder either way."""
+    parts = preference.trainable_parts(origin.config, options, lora)
+    write = whole_model(origin, None).write
+    return Trainable(*parts, write, carry=preference.carry_of(options))
+
+
+def _preference_loss(origin: Origin, options: PreferenceOptions, *, rules: Rules, remat: Remat) -> LossFn:
+    return preference.make_loss(origin.config, options, rules=rules, remat=remat)
+
+
+def _scored(origin: Origin, options: PreferenceOptions) -> Encode | None:
+    if preference.reference_of(options) != "precomputed":
+        return None
+    return preference.bare_encoder(origin.tokenizer, options)
+
+
 def _no_adapters(lora: LoraConfig | None) -> None:
     if lora is not None:
         raise ValueError("train: adapters='lora' beside a drafter or head; expected 'none': its target is left alone.")
@@ -541,19 +532,24 @@ _HEAD = {"optimizer": {"learning_rate": 1e-3, "warmup_steps": 100}}
 _SFT = lambda origin, options: partial(encode_sft, origin.tokenizer)
 _LABELLED = lambda origin, options: partial(encode_labelled, origin.tokenizer)
 
+_ROWS: Callable[[Any], Layout] = lambda options: "sft"
+_STEPS: Callable[[Any], Layout] = lambda options: "steps"
+_ALONE: Callable[[Any], Layout] = lambda options: "unpaired"
+_BY_LABEL = lambda options: labelled.count_units
+
 RECIPES = {
-    "sft": Recipe("sft", _SFT, SftOptions, {}, lambda origin, _, lora: whole_model(origin, lora), _sft_loss),
-    "drafter": Recipe("sft", _SFT, DrafterOptions, _GENTLE, _drafter, _drafter_loss),
-    "early-exit": Recipe("sft", _SFT, EarlyExitOptions, _GENTLE, _early_exit, _early_exit_loss),
-    "acceptance": Recipe("sft", _SFT, AcceptanceOptions, _HEAD, _acceptance, _acceptance_loss, paths=("drafter",)),
-    "judge": Recipe("unpaired", _LABELLED, JudgeOptions, _HEAD, _judge, _judge_loss, labelled.count_units),
+    "sft": Recipe(_ROWS, _SFT, SftOptions, {}, lambda origin, _, lora: whole_model(origin, lora), _sft_loss),
+    "drafter": Recipe(_ROWS, _SFT, DrafterOptions, _GENTLE, _drafter, _drafter_loss),
+    "early-exit": Recipe(_ROWS, _SFT, EarlyExitOptions, _GENTLE, _early_exit, _early_exit_loss),
+    "acceptance": Recipe(_ROWS, _SFT, AcceptanceOptions, _HEAD, _acceptance, _acceptance_loss, paths=("drafter",)),
+    "judge": Recipe(_ALONE, _LABELLED, JudgeOptions, _HEAD, _judge, _judge_loss, _BY_LABEL),
     "prm": Recipe(
-        "steps", _steps_encoder, RewardOptions, {}, _reward, _reward_loss, labelled.count_units, weigh=_weigh_negatives
+        _STEPS, _steps_encoder, RewardOptions, {}, _reward, _reward_loss, _BY_LABEL, prepare=_weigh_negatives
     ),
-    "orm": Recipe("steps", _outcome_encoder, RewardOptions, {}, _reward, _reward_loss, labelled.count_units),
-    "value": Recipe("unpaired", _LABELLED, RewardOptions, {}, _value, _value_loss, labelled.count_units),
+    "orm": Recipe(_STEPS, _outcome_encoder, RewardOptions, {}, _reward, _reward_loss, _BY_LABEL),
+    "value": Recipe(_ALONE, _LABELLED, RewardOptions, {}, _value, _value_loss, _BY_LABEL),
     "qat": Recipe(
-        "sft",
+        _ROWS,
         _SFT,
         QatOptions,
         {},
@@ -562,5 +558,18 @@ RECIPES = {
         paths=("sensitivity",),
         optimizer=lambda origin, options, settings, steps: qat.make_optimizer(origin.config, options, settings, steps),
         turns=lambda origin, options, steps: qat.make_turns(origin.config, options, steps),
+    ),
+    "preference": Recipe(
+        lambda options: preference.objective_of(options).layout,
+        lambda origin, options: preference.encoder(origin.tokenizer, options),
+        PreferenceOptions,
+        {"optimizer": {"learning_rate": 1e-6}},
+        _preference,
+        _preference_loss,
+        preference.counts,
+        prepare=preference.prepare,
+        parts=lambda options: preference.objective_of(options).parts(preference.settings_of(options)),
+        more=preference.number_names,
+        scored=_scored,
     ),
 }

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import tyro
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from ..models import hf
 from ..models.decoder import DecoderConfig, Params, Remat, init_params, param_axes, param_shapes
@@ -32,7 +33,7 @@ from ..models.presets import preset
 from ..models.tokenizer import byte_tokenizer, load_tokenizer
 from ..sharding.mesh import MeshConfig, gather, local_rows, make_mesh, put_batch
 from ..sharding.rules import FSDP_TP_SEQ, shardings_like
-from . import checkpoint
+from . import checkpoint, references
 from .checkpoint import CheckpointConfig
 from .config import build, read_settings, write_settings
 from .data.arithmetic import ArithmeticConfig, ArithmeticExamples, arithmetic_tokenizer
@@ -43,6 +44,7 @@ from .labels.truth import ArithmeticSolutions, SolutionsConfig
 from .loop import fit
 from .metrics import append_records, forget_after, plot_loss, read_records
 from .optimizer import OptimizerConfig, make_schedule
+from .preference import PreferenceOptions
 from .qat import QatOptions
 from .recipe import (
     RECIPES,
@@ -51,6 +53,7 @@ from .recipe import (
     EarlyExitOptions,
     JudgeOptions,
     Origin,
+    Recipe,
     RewardOptions,
     SftOptions,
     Trainable,
@@ -238,7 +241,7 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
 class _Stored:
     """What config.yaml holds: the options of its own kind, and null for those of others."""
 
-    kind: Literal["sft", "drafter", "early-exit", "acceptance", "judge", "prm", "orm", "value", "qat"]
+    kind: Literal["sft", "drafter", "early-exit", "acceptance", "judge", "prm", "orm", "value", "qat", "preference"]
     settings: RunConfig
     sft: SftOptions | None = None
     drafter: DrafterOptions | None = None
@@ -249,6 +252,7 @@ class _Stored:
     orm: RewardOptions | None = None
     value: RewardOptions | None = None
     qat: QatOptions | None = None
+    preference: PreferenceOptions | None = None
 
 
 def _absolute(name: str) -> str:
@@ -260,11 +264,14 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
     # 1. What to learn, and from what.
     recipe, origin = RECIPES[kind], _origin(cfg)
     trainable = recipe.trainable(origin, options, cfg.lora if cfg.adapters == "lora" else None)
-    examples = recipe.weigh(_examples(cfg, recipe.layout, progress), options)
+    examples = recipe.prepare(_examples(cfg, recipe.layout(options), progress), options)
     encode = recipe.encoder(origin, options)
     mesh = make_mesh(cfg.mesh)
-    batches = _batches(cfg, encode, recipe.parts(options), examples, mesh)
-    mark = _mark_of(cfg, examples, encode)
+    scored, referenced = recipe.scored(origin, options), None
+    mark = _mark_of(cfg, examples, scored or encode)
+    if scored is not None:
+        referenced = references.Referenced(examples, scored, _source(cfg, origin, recipe.parts(options)))
+    batches = _batches(cfg, encode, recipe, options, referenced or examples, mesh)
     board = _board(cfg)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         # 2. Where it begins: at step 0, or at the newest checkpoint that is whole.
@@ -278,6 +285,9 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
                 stored: Any = {"kind": kind, "settings": cfg, kind.replace("-", "_"): options}
                 write_settings(_Stored(**stored), cfg.out / "config.yaml")
         multihost_utils.sync_global_devices("run folder")
+        if referenced is not None:
+            load = lambda: _load_model(cfg, origin, mesh)
+            referenced.fill(cfg.out / "reference.npz", load, mesh, progress=progress and jax.process_index() == 0)
         manager = stack.enter_context(checkpoint.open_checkpoints(cfg.out / "checkpoints", cfg.checkpoint))
         if (found := checkpoint.restore(manager, like)) is None:
             if not fresh:
@@ -298,12 +308,13 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
         step = make_train_step(
             recipe.make_loss(origin, options, rules=RULES, remat=cfg.remat),
             tx,
-            recipe.counts,
+            recipe.counts(options),
             combine=trainable.combine,
             ema_decay=cfg.ema,
             schedule=schedule,
             shardings=jax.tree.map(lambda x: x.sharding, like),
             turns=recipe.turns(origin, options, cfg.steps),
+            advance=None if trainable.carry is None else trainable.carry.advance,
         )
         state = fit(
             state,
@@ -376,7 +387,14 @@ def _examples(cfg: RunConfig, layout: Layout, progress: bool) -> Any:
     return examples
 
 
-def _batches(cfg: RunConfig, encode: Encode, parts: int, examples, mesh) -> Batches:
+def _source(cfg: RunConfig, origin: Origin, parts: int) -> references.Source:
+    """Of the reference that is the model this run begins with."""
+    made = f"{cfg.model}, seed {cfg.seed}"
+    model = made if origin.like is None else references.model_digest(origin.like)
+    return references.Source(model, origin.config, cfg.batch, parts, RULES)
+
+
+def _batches(cfg: RunConfig, encode: Encode, recipe: Recipe, options: Any, examples, mesh) -> Batches:
     """This process runs the streams that fill its rows."""
     micro = cfg.batch.size // cfg.batch.micro_batches
     mine, per_stream = local_rows(mesh, RULES, micro), micro // cfg.batch.shards
@@ -390,7 +408,8 @@ def _batches(cfg: RunConfig, encode: Encode, parts: int, examples, mesh) -> Batc
         encode,
         cfg.batch,
         seed=cfg.seed,
-        parts=parts,
+        parts=recipe.parts(options),
+        more=recipe.more(options),
         shards=range(mine.start // per_stream, mine.stop // per_stream),
         fixed_length=jax.process_count() > 1,
     )
@@ -418,21 +437,15 @@ def _begin(cfg: RunConfig, origin: Origin, what: Trainable, tx, mesh) -> tuple[T
         axes = {"target": axes, "drafter": what.companion.axes}
         shapes = {"target": shapes, "drafter": what.companion.shapes}
     placed = RULES.shardings(mesh, axes, shapes)
-    weights, key = jax.random.split(jax.random.key(cfg.seed))
-
-    def load_model(placed: Any) -> Params:
-        if origin.like is None:
-            return jax.jit(partial(init_params, config), out_shardings=placed)(weights)
-        return hf.load(origin.like, dtype="float32", stacked=True, mesh=mesh, rules=RULES, progress=True).params
+    key = jax.random.split(jax.random.key(cfg.seed))[1]
 
     def load() -> Params:
-        if what.companion is None:
-            return load_model(placed)
-        return {"target": load_model(placed["target"]), "drafter": what.companion.load(mesh, RULES)}
+        model = _load_model(cfg, origin, mesh)
+        return model if what.companion is None else {"target": model, "drafter": what.companion.load(mesh, RULES)}
 
     def state_of(base: Params, key) -> TrainState:
-        frozen = base if what.beside else None
-        return init_state(what.init(base, key), tx, seed=cfg.seed, frozen=frozen, ema=cfg.ema > 0)
+        frozen, carry = base if what.beside else None, None if what.carry is None else what.carry.init(base)
+        return init_state(what.init(base, key), tx, seed=cfg.seed, frozen=frozen, ema=cfg.ema > 0, carry=carry)
 
     like = jax.eval_shape(state_of, shapes, key)
     trained = RULES.shardings(mesh, what.axes, like.params)
@@ -446,11 +459,21 @@ def _begin(cfg: RunConfig, origin: Origin, what: Trainable, tx, mesh) -> tuple[T
         key=one,
         skipped=one,
         skipped_in_a_row=one,
+        carry=() if what.carry is None else RULES.shardings(mesh, what.carry.axes(param_axes(config)), like.carry),
     )
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
     base = load() if what.beside else None
     make = jax.jit(state_of, out_shardings=shardings, donate_argnums=() if what.beside else 0)
     return like._replace(frozen=base or {}), lambda: make(load() if base is None else base, key)
+
+
+def _load_model(cfg: RunConfig, origin: Origin, mesh: Mesh) -> Params:
+    """The float32 weights a run begins with, where the rules say."""
+    if origin.like is not None:
+        return hf.load(origin.like, dtype="float32", stacked=True, mesh=mesh, rules=RULES, progress=True).params
+    placed = RULES.shardings(mesh, param_axes(origin.config), param_shapes(origin.config))
+    weights = jax.random.split(jax.random.key(cfg.seed))[0]
+    return jax.jit(partial(init_params, origin.config), out_shardings=placed)(weights)
 
 
 def _board(cfg: RunConfig) -> Any:

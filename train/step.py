@@ -36,6 +36,7 @@ Metrics = dict[str, Float[Array, ""]]
 LossFn = Callable[..., tuple[Terms, Terms]]  # model parameters, batch, key (, turn) -> terms of loss, metrics
 Counts = Callable[[Window], Mapping[str, Array]]
 Step = Callable[[TrainState, Window], tuple[TrainState, Metrics]]
+Advance = Callable[[Any, Params, Metrics, Array], Any]  # (carry, new parameters, metrics, step from 0) -> new carry
 
 
 class Turns(NamedTuple):
@@ -55,6 +56,7 @@ def make_train_step(
     schedule: optax.Schedule | None = None,
     shardings: Any = None,
     turns: Turns | None = None,
+    advance: Advance | None = None,
 ) -> Step:
     """Build `step(state, window) -> (state, metrics)`; the buffers of the old state are donated.
 
@@ -72,11 +74,13 @@ def make_train_step(
       schedule: that of `tx`, to report the learning rate of each step.
       shardings: of the state, for `jax.jit`; its leaves stay where they are if None.
       turns: make several updates of a step; one program serves all of them.
+      advance: what becomes of `state.carry` after a good step. With it, the last argument of `loss_fn` is the carry.
     """
 
     def update(state: TrainState, window: Window, share: Mapping[str, Array], key: Array, *turn: Any):
         def loss_of(params: Params, batch: Any, key: Array) -> tuple[Array, Metrics]:
-            terms, measured = loss_fn(combine(params, state.frozen), batch, key, *turn)
+            carried = () if advance is None else (jax.lax.stop_gradient(state.carry),)
+            terms, measured = loss_fn(combine(params, state.frozen), batch, key, *turn, *carried)
             parts = {name: _total(term, share) for name, term in terms.items()}
             loss = sum(parts.values(), start=jnp.float32(0))
             metrics = {name: _total(term, share) for name, term in measured.items()}
@@ -114,6 +118,11 @@ def make_train_step(
             metrics = {name: jnp.mean(x) for name, x in each.items()}
             metrics |= {f"{name}_{turn}": x[i] for name, x in each.items() for i, turn in enumerate(turns.names)}
             good = jnp.all(well)
+        if advance is not None:
+            carry = advance(
+                state.carry, new.params, metrics | {f"{unit}s": n for unit, n in number.items()}, state.step
+            )
+            new = new._replace(carry=jax.tree.map(lambda n, o: jnp.where(good, n, o), carry, state.carry))
         bad = 1 - good.astype(jnp.int32)
         new = new._replace(
             step=state.step + 1,

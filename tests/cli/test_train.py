@@ -99,3 +99,59 @@ def test_what_a_head_cannot_be_trained_from_is_explained(run, speaking, small, t
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.optimizer
+def test_preferences_are_learned_with_the_settings_of_the_objective(run, speaking, tmp_path):
+    rows = [{"prompt": f"say {i % 5}", "chosen": "aa", "rejected": "zz"} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = ("--model", speaking, "--data", tmp_path / "pairs.jsonl", *SHORT)
+    losses = ("--losses", "sigmoid", "0.8", "sft", "0.2", "--beta", "0.3")
+    status, _, err = run("train", "preference", "--objective", "dpo", *base, *losses, "--out", tmp_path / "run")
+    assert (status, f"wrote {tmp_path / 'run' / 'model'}" in err) == (0, True)
+    kept = (tmp_path / "run" / "config.yaml").read_text()
+    assert "beta: 0.3" in kept
+    assert "learning_rate: 1.0e-06" in kept  # the published one
+    [first, _] = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert {"sigmoid", "sft", "rewards/margins"} <= first.keys()
+    status, _, err = run("train", "resume", tmp_path / "run")
+    assert (status, "step 2: wrote" in err) == (0, True)
+    status, _, err = run(
+        "train", "preference", "--objective", "simpo", *base, "--ratio", 1, "--out", tmp_path / "simpo"
+    )
+    assert status == 0
+    assert "ratio: 1.0" in (tmp_path / "simpo" / "config.yaml").read_text()
+
+
+def test_every_objective_is_listed_with_its_paper_and_its_settings(run):
+    from jaxaroo.train.objectives.by_name import OBJECTIVES
+
+    status, out, _ = run("train", "preference", "--objective", "list")
+    assert status == 0
+    for name, known in OBJECTIVES.items():
+        assert f"\n{name} " in f"\n{out}"
+        assert f"arXiv:{known.paper}" in out
+    assert "beta=0.1" in out
+    status, out, _ = run("train", "preference", "--objective", "list", "--json")
+    assert {row["objective"] for row in json.loads(out)} == {*OBJECTIVES}
+
+
+@pytest.mark.errors
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        (["--objective", "dop"], 1, "Is 'dpo' meant?"),
+        (["--objective", "dpo", "--beta", "-1"], 1, "beta: found -1.0; expected a positive number"),
+        (["--objective", "simpo", "--reference", "frozen"], 1, "which reads none"),
+        (["--objective", "simpo", "--eps", "0.7"], 1, "expected 0 <= eps < 0.5"),
+        (["--objective", "kto"], 1, "expected prompt, completion, label"),
+    ],
+)
+def test_preferences_that_cannot_be_learned_are_explained(run, speaking, tmp_path, argv, status, message):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    base = ("--model", speaking, "--data", tmp_path / "pairs.jsonl", *SHORT)
+    got, out, err = run("train", "preference", *base, *argv, "--out", tmp_path / "out")
+    assert (got, out) == (status, "")
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()

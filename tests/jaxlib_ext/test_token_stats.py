@@ -1,5 +1,7 @@
 """Oracles: float64 NumPy for values, JAX's own derivative of the dense form for gradients, the compiler for memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,7 @@ def oracle(hidden, head, targets, scale=1.0, softcap=None, temperature=1.0):
         z = (z if softcap is None else softcap * np.tanh(z / softcap)) / temperature
         lse = z.max() + np.log(np.exp(z - z.max()).sum())
         p = np.exp(z - lse)
-        rows.append((z[y] - lse, lse, -(p * (z - lse)).sum()))
+        rows.append((z[y] - lse, lse, -(p * (z - lse)).sum(), np.log((p * p).sum())))
     return TokenStats(*np.array(rows).T)
 
 
@@ -34,19 +36,25 @@ def oracle(hidden, head, targets, scale=1.0, softcap=None, temperature=1.0):
 @pytest.mark.parametrize("tiles", TILES)
 def test_values_match_the_float64_oracle(tiles, transform):
     args = inputs()
-    got = token_stats(*args, token_tile=tiles[0], vocab_tile=tiles[1], **transform)
+    got = token_stats(*args, token_tile=tiles[0], vocab_tile=tiles[1], want_sum_sq=True, **transform)
     want = oracle(*args, **transform)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
 
 
 def test_the_dense_reference_is_the_oracle_too():
     args = inputs()
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), reference(*args), oracle(*args))
+    got = reference(*args, want_sum_sq=True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, oracle(*args))
 
 
 def loss(form, cotangents, **options):
     """A different weight for every token of every result, so that no gradient can hide behind another."""
-    return lambda h, w, y: sum(jnp.sum(c * s) for c, s in zip(cotangents, form(h, w, y, **options), strict=True))
+
+    def total(h, w, y):
+        stats = [s for s in form(h, w, y, **options) if s is not None]
+        return sum(jnp.sum(c * s) for c, s in zip(cotangents, stats, strict=True))
+
+    return total
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -65,7 +73,7 @@ def test_gradients_match_those_of_the_dense_form(part, tiles, transform):
 
 def test_large_logits_stay_finite():
     args = inputs(spread=300.0)
-    got = token_stats(*args, token_tile=8, vocab_tile=16)
+    got = token_stats(*args, token_tile=8, vocab_tile=16, want_sum_sq=True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-2), got, oracle(*args))
     grads = jax.grad(loss(token_stats, [jnp.ones(N)] * 3, token_tile=8, vocab_tile=16), argnums=(0, 1))(*args)
     assert all(bool(jnp.isfinite(g).all()) for g in grads)
@@ -73,12 +81,32 @@ def test_large_logits_stay_finite():
 
 def test_bfloat16_inputs_accumulate_in_float32():
     args = inputs(jnp.bfloat16)
-    got = token_stats(*args, token_tile=8, vocab_tile=16)
-    assert [s.dtype for s in got] == [jnp.float32] * 3
+    got = token_stats(*args, token_tile=8, vocab_tile=16, want_sum_sq=True)
+    assert [s.dtype for s in got] == [jnp.float32] * 4
     exact = tuple(np.asarray(a, np.float32) for a in args[:2])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, oracle(*exact, args[2]))
     gh, gw = jax.grad(loss(token_stats, [jnp.ones(N)] * 3, token_tile=8, vocab_tile=16), argnums=(0, 1))(*args)
     assert (gh.dtype, gw.dtype) == (jnp.bfloat16, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("form", [reference, functools.partial(token_stats, token_tile=8, vocab_tile=16)])
+def test_the_sum_of_squares_gets_no_gradient_and_leaves_that_of_the_others(form):
+    args, cotangents = inputs(), [jax.random.normal(k, (N,)) for k in jax.random.split(jax.random.key(1), 4)]
+    grads = lambda *given, **options: jax.jit(jax.grad(loss(*given, **options), argnums=(0, 1)))(*args)
+    none = grads(form, [jnp.zeros(N)] * 3 + cotangents[3:], want_sum_sq=True)
+    assert all(not np.any(g) for g in none)
+    with_it, without = grads(form, cotangents, want_sum_sq=True), grads(form, cotangents[:3])
+    assert all(np.any(g) for g in without)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), with_it, without)
+
+
+def test_the_sum_of_squares_goes_from_one_over_the_vocabulary_to_one_and_only_to_who_asks():
+    """Of equal logits, and of one that stands out: the probabilities of the others vanish in float32."""
+    hidden, head = jnp.asarray([[0.0], [200.0]]), jnp.zeros((V, 1)).at[V - 2].set(1.0)
+    options = dict(token_tile=1, vocab_tile=16)
+    got = token_stats(hidden, head, jnp.zeros(2, jnp.int32), want_sum_sq=True, **options)
+    np.testing.assert_allclose(got.log_sum_sq, [-np.log(V), 0.0], rtol=0, atol=1e-6)
+    assert token_stats(hidden, head, jnp.zeros(2, jnp.int32), **options).log_sum_sq is None
 
 
 def test_memory_is_that_of_tiles():
@@ -98,3 +126,5 @@ def test_shapes_and_settings_that_cannot_be_are_refused():
         token_stats(h, w, y, temperature=0)
     with pytest.raises(ValueError, match="softcap=-1"):
         token_stats(h, w, y, softcap=-1.0)
+    with pytest.raises(ValueError, match="token_tile=8, vocab_tile=0; expected at least 1"):
+        token_stats(h, w, y, token_tile=8, vocab_tile=0)

@@ -32,6 +32,7 @@ class Outer:
     kind: Literal["x", "y"] = "x"
     level: Literal[1, 2] = 1
     inner: Inner = Inner()
+    mix: tuple[tuple[str, float], ...] = ()
 
 
 def load(tmp_path, text):
@@ -41,6 +42,7 @@ def load(tmp_path, text):
 
 def test_there_and_back(tmp_path):
     config = Outer(model="m", out=Path("o"), limit=4, kind="y", inner=Inner(rate=1e-5, names=("b", "c"), loud=True))
+    config = dataclasses.replace(config, mix=(("a", 1.0), ("b", 2.5)))
     write_settings(config, tmp_path / "c.yaml")
     assert build(Outer, read_settings(Outer, tmp_path / "c.yaml")) == config
 
@@ -51,6 +53,15 @@ def test_defaults_fill_what_a_file_leaves_out(tmp_path):
     assert type(got.inner.rate) is float
     assert load(tmp_path, "model: m\nout: o\nlimit: null\n").limit is None
     assert load(tmp_path, "model: m\nout: o\ninner:\n  rate: 1e-5\n").inner.rate == 1e-5  # text to YAML 1.1
+
+
+def test_lists_of_lists_have_their_types_too(tmp_path):
+    assert load(tmp_path, "model: m\nout: o\nmix: [[a, 1], [b, 2e-1]]\n").mix == (("a", 1.0), ("b", 0.2))
+    for wrong in ("[[a]]", "[[a, b]]", "[a, 1]", "[[1, 1]]"):
+        with pytest.raises(
+            ConfigError, match=r"mix: found .*; expected a list of a list of text and a number, in this"
+        ):
+            load(tmp_path, f"model: m\nout: o\nmix: {wrong}\n")
 
 
 def test_where_two_types_will_do_a_value_keeps_its_own():

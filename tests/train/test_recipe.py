@@ -374,14 +374,14 @@ def test_a_value_model_learns_from_every_token(target, tmp_path):
 def test_wrong_solutions_weigh_what_is_asked_for(caplog):
     rows = [{"labels": [1, 0]}, {"labels": [1, 1]}, {"labels": [1, None], "weight": 2.0}, {"labels": [None, 1]}]
     with caplog.at_level("INFO"):
-        weighed = RECIPES["prm"].weigh(rows, RewardOptions(negative_share=0.5))
+        weighed = RECIPES["prm"].prepare(rows, RewardOptions(negative_share=0.5))
     found = [weighed[i]["weight"] for i in range(4)]
     assert found == pytest.approx([2.0, 2 / 3, 4 / 3, 2 / 3])  # one in four is wrong; a row's own weight stays
     assert len(weighed) == 4
     assert "25.0 % of 4 solutions hold a wrong step; they now weigh 50.0 %" in caplog.text
-    assert RECIPES["prm"].weigh(rows, RewardOptions()) is rows
+    assert RECIPES["prm"].prepare(rows, RewardOptions()) is rows
     with pytest.raises(ValueError, match="0% of the solutions hold a wrong step"):
-        RECIPES["prm"].weigh(rows[1:], RewardOptions(negative_share=0.5))
+        RECIPES["prm"].prepare(rows[1:], RewardOptions(negative_share=0.5))
 
 
 @pytest.mark.errors

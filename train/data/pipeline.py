@@ -40,6 +40,7 @@ class Batch(NamedTuple):
     weights: Float[Array, "*M B T"]  # of the loss at that target, or token; 0 outside the mask
     labels: Float[Array, "*M B T"] | None = None  # 0 outside the mask, and where there are none; None in batches
     # that were not made from examples
+    more: dict[str, Float[Array, "*M B T"]] | None = None  # further numbers of targets, by the names asked for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,7 @@ class Batches:
         *,
         seed: int,
         parts: int = 1,
+        more: tuple[str, ...] = (),
         shards: range | None = None,
         fixed_length: bool = False,
     ):
@@ -97,12 +99,14 @@ class Batches:
           cfg: how to batch.
           seed: of the order.
           parts: sequences of an example, G.
+          more: names of the numbers that every sequence has of its tokens (`Encoded.more`).
           shards: the streams of this process; all when not given.
           fixed_length: pad unpacked rows to `max_length` always; needed when other processes hold other rows.
         """
         self.dropped: set[int] = set()
         self.mismatched: set[int] = set()
         self._cfg, self._fixed, self._parts = cfg, fixed_length, parts
+        self._more = tuple(_MORE + name for name in more)
         if cfg.max_length // parts < 2:
             raise ValueError(
                 f"Batches: max_length={cfg.max_length} for {parts} sequences; expected 2 tokens each at least."
@@ -118,8 +122,9 @@ class Batches:
         parts = [next(stream) for stream in self._streams.values()]
         length = max(part["tokens"].shape[1] for part in parts)  # streams of one batch agree on a bucket
         rows = lambda name: [self._rows(part[name], length) for part in parts]
-        fields: Any = {name: np.concatenate(rows(name), axis=1) for name in Batch._fields}
-        return Batch(**fields)
+        fields: Any = {name: np.concatenate(rows(name), axis=1) for name in Batch._fields if name != "more"}
+        more: Any = {name.removeprefix(_MORE): np.concatenate(rows(name), axis=1) for name in self._more}
+        return Batch(**fields, more=more or None)
 
     def get_state(self) -> dict[str, Any]:
         """Where every stream stands, as JSON; what `__next__` returned last is behind it."""
@@ -143,7 +148,7 @@ class Batches:
         made = made.filter(lambda features: features is not None)
         stream = made.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4 * rows))
         if cfg.packing:
-            lengths = dict.fromkeys(_FEATURES, cfg.max_length)
+            lengths = dict.fromkeys((*_FEATURES, *self._more), cfg.max_length)
             packed = grain.experimental.FirstFitPackIterDataset(
                 stream, length_struct=lengths, num_packing_bins=rows, shuffle_bins=False
             )
@@ -176,7 +181,7 @@ class Batches:
         self._misses[shard] = 0
         weight = np.float32(example.get("weight", 1.0))
         rows = [_sequence(encoded, part, weight) for part, encoded in enumerate(sequences)]
-        return {name: np.concatenate([row[name] for row in rows]) for name in _FEATURES}
+        return {name: np.concatenate([row[name] for row in rows]) for name in (*_FEATURES, *self._more)}
 
     def _length(self, group: Sequence[Mapping[str, np.ndarray]]) -> int:
         most = self._cfg.max_length
@@ -204,13 +209,16 @@ def count_units(batch: Batch) -> dict[str, Int[Array, ""]]:
 # ----------------------------------------------------------------------------------------------------------- private
 # Of every token the fields of `Batch`; but in the place of segments `part`: which sequence of its example, from 1.
 _FEATURES = ("tokens", "targets", "positions", "part", "mask", "weights", "labels")
+_MORE = "more/"  # before the names of further numbers
 
 
 def _sequence(encoded: Encoded, part: int, weight: np.float32) -> dict[str, np.ndarray]:
     ids, mask, labels = encoded.ids, encoded.scored, encoded.labels
+    more = {_MORE + name: numbers for name, numbers in (encoded.more or {}).items()}
     if labels is None:
         tokens, targets, mask = ids[:-1], ids[1:], mask[1:]
         labels = np.zeros(len(mask), np.float32)
+        more = {name: numbers[1:] for name, numbers in more.items()}
     else:
         tokens, targets = ids, np.append(ids[1:], np.int32(0))
     positions = np.arange(len(tokens), dtype=np.int32)
@@ -222,6 +230,7 @@ def _sequence(encoded: Encoded, part: int, weight: np.float32) -> dict[str, np.n
         "mask": mask,
         "weights": mask.astype(np.float32) * weight,
         "labels": labels,
+        **more,
     }
 
 
@@ -229,12 +238,13 @@ def _named(packed: Mapping[str, np.ndarray], parts: int) -> dict[str, np.ndarray
     """The packer's features under the names of `Batch`."""
     example = packed["tokens_segment_ids"]  # from 1; 0 is padding
     segments = np.where(example > 0, (example - 1) * parts + packed["part"], 0).astype(np.int32)
-    return {name: packed[name] for name in _FEATURES if name != "part"} | {"segments": segments}
+    kept = [name for name in packed if name != "part" and not name.endswith(("_segment_ids", "_positions"))]
+    return {name: packed[name] for name in kept} | {"segments": segments}
 
 
 def _pad(group: Sequence[Mapping[str, np.ndarray]], length: int) -> dict[str, np.ndarray]:
     """One example a row."""
-    rows = {name: np.stack([np.pad(f[name], (0, length - len(f[name]))) for f in group]) for name in _FEATURES}
+    rows = {name: np.stack([np.pad(f[name], (0, length - len(f[name]))) for f in group]) for name in group[0]}
     return {"segments": rows.pop("part")} | rows
 
 

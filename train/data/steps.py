@@ -12,6 +12,7 @@ a step, where training puts in one rare token, and that token is the separator h
 
 import dataclasses
 import itertools
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from ...models.reward import StepText, render_steps
 from ...models.tokenizer import Tokenizer
 from .tokenise import Encoded
 
+log = logging.getLogger(__name__)
 Span = tuple[int, int]  # characters [start, end) of a text
 Label = int | float | None  # int too: those who check types at run time tell them apart
 
@@ -145,6 +147,42 @@ def encode_steps(
         if target is not None:
             scored[end], labels[end] = True, target
     return Encoded(np.asarray(ids, np.int32), scored, labels=labels)
+
+
+class Weighted:
+    """Rows with other weights."""
+
+    def __init__(self, examples: Sequence[Mapping[str, Any]], weights: np.ndarray):
+        """One weight a row."""
+        self._examples, self._weights = examples, weights
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A row, its weight times that."""
+        row = self._examples[index]
+        return {**row, "weight": row.get("weight", 1.0) * float(self._weights[index])}
+
+
+def weigh_negatives(examples: Sequence[Mapping[str, Any]], cfg: StepsConfig, wanted: float) -> Weighted:
+    """Solutions with a wrong step and those without, so that the former are this share of all weight.
+
+    Args:
+      examples: rows of layout `steps`.
+      cfg: what their labels mean.
+      wanted: the share, above 0 and below 1.
+
+    Raises:
+      ValueError: if all solutions hold a wrong step, or none does.
+    """
+    targets = (step_targets(row[cfg.column], cfg) for row in (examples[i] for i in range(len(examples))))
+    bad = np.array([any(t is not None and t <= cfg.wrong for t in each) for each in targets])
+    share = float(bad.mean())
+    if share in (0.0, 1.0):
+        raise ValueError(f"train: {share:.0%} of the solutions hold a wrong step; expected some of both to weigh.")
+    log.info("%.1f %% of %d solutions hold a wrong step; they now weigh %.1f %%", 100 * share, len(bad), 100 * wanted)
+    return Weighted(examples, np.where(bad, wanted / share, (1 - wanted) / (1 - share)))
 
 
 # ----------------------------------------------------------------------------------------------------------- private

@@ -24,6 +24,7 @@ class Encoded(NamedTuple):
     scored: np.ndarray  # bool [T]
     mismatch: bool = False  # a prompt was no prefix of prompt + completion
     labels: np.ndarray | None = None  # float32 [T]: what a token is worth, from 0, bad, to 1, good; 0 where not scored
+    more: Mapping[str, np.ndarray] | None = None  # float32 [T] each: further numbers of every token
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: Text, completion: Text) -> Encoded:
@@ -98,14 +99,16 @@ def truncate(encoded: Encoded, max_length: int, how: Truncation = "keep_start") 
     The first token that is left is never scored, as nothing stands before it. What then has no scored token is of no
     use; callers drop and count it.
     """
-    ids, scored, mismatch, labels = encoded
+    ids, scored, mismatch, labels, more = encoded
     if len(ids) > max_length:
         part = slice(max_length) if how == "keep_start" else slice(-max_length, None)
         ids, scored = ids[part], scored[part]
         labels = None if labels is None else labels[part]
+        more = None if more is None else {name: numbers[part] for name, numbers in more.items()}
     if len(scored) and scored[0]:
         scored = scored & (np.arange(len(scored)) > 0)
-    return Encoded(ids, scored, mismatch, None if labels is None else np.where(scored, labels, np.float32(0)))
+    labels = None if labels is None else np.where(scored, labels, np.float32(0))
+    return Encoded(ids, scored, mismatch, labels, more)
 
 
 # ----------------------------------------------------------------------------------------------------------- private

@@ -10,6 +10,8 @@ specdec_pp.py  a head on the drafter's states: will this draft be accepted?
 labelled.py  what labelled tokens teach: shared by judges and reward models
 prm.py       a reward model learns which steps are right
 ivo.py       a value model learns what a text is worth from any of its tokens
+by_name.py   the names of `train preference`: papers, rows, and from what models say to terms
+sequences.py  from tokens to sums over the sequences of examples
 preference.py  what preference losses share: sums, log-ratios, what is logged of a pair
 dpo.py       preferences in pairs: DPO and the losses on the same two log-ratios
 kto.py       answers good or bad by themselves, against a running estimate of the KL

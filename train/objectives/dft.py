@@ -3,9 +3,16 @@
 - sg[p_t] log p_t        its gradient on logits is p_t (p - onehot), p_t times that of fine-tuning
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DftConfig:
+    """Dynamic fine-tuning has no numbers of its own."""
 
 
 def dft(logp: Float[Array, "*n"]) -> Float[Array, "*n"]:

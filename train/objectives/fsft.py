@@ -29,10 +29,12 @@ class FsftConfig:
 
     f: Literal["total_variation", "pearson", "hellinger", "kl"] = "total_variation"
     beta: float = 0.1
+    level: Literal["token", "answer"] = "token"  # what u is of
     allow_large_beta: bool = False  # accept beta > 1, which tokens bear better than sums
 
     def __post_init__(self):
         check_name("FsftConfig.f", self.f, PHI)
+        check_name("FsftConfig.level", self.level, ("token", "answer"))
         check_beta("FsftConfig", self.beta, large=self.allow_large_beta)
 
 

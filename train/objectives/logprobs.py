@@ -16,6 +16,7 @@ class Scores(NamedTuple):
     logp: Float[Array, "B T"]  # natural logarithm of its probability
     entropy: Float[Array, "B T"]  # in nats, of the distribution it was scored under
     hidden: Float[Array, "B T D"]  # behind the final norm
+    log_sum_sq: Float[Array, "B T"] | None = None  # log sum_v p_v^2, without gradient; None if nobody asked
 
 
 def segment_mask(batch: Batch) -> Bool[Array, "B T T"]:
@@ -33,12 +34,25 @@ def hidden_states(
     return forward(cfg, params, batch.tokens, positions, mask, key_positions=positions, remat=remat, rules=rules).hidden
 
 
+def output_table(cfg: DecoderConfig, params: Params) -> Float[Array, "V D"]:
+    """What hidden states are multiplied with to become logits."""
+    return params["embed"] if cfg.tie_embeddings else params["head"]
+
+
 def score_targets(
-    cfg: DecoderConfig, params: Params, batch: Batch, *, rules: Rules = REPLICATED, remat: Remat = "none"
+    cfg: DecoderConfig,
+    params: Params,
+    batch: Batch,
+    *,
+    rules: Rules = REPLICATED,
+    remat: Remat = "none",
+    squares: bool = False,
 ) -> Scores:
-    """What the decoder says of every target."""
+    """What the decoder says of every target; with `squares` also how much its distribution is in few tokens."""
     B, T = batch.tokens.shape
     hidden = hidden_states(cfg, params, batch, rules=rules, remat=remat)
-    head = params["embed"] if cfg.tie_embeddings else params["head"]
-    stats = token_stats(hidden.reshape(B * T, -1), head.astype(hidden.dtype), batch.targets.reshape(-1))
-    return Scores(stats.logp.reshape(B, T), stats.entropy.reshape(B, T), hidden)
+    table = output_table(cfg, params).astype(hidden.dtype)
+    targets = batch.targets.reshape(-1)
+    stats = token_stats(hidden.reshape(B * T, -1), table, targets, want_sum_sq=squares)
+    square = stats.log_sum_sq.reshape(B, T) if squares and stats.log_sum_sq is not None else None
+    return Scores(stats.logp.reshape(B, T), stats.entropy.reshape(B, T), hidden, square)

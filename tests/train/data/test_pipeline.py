@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxaroo.train.data.pipeline import BUCKETS, Batch, BatchConfig, Batches, count_units
+from jaxaroo.train.data.pipeline import BUCKETS, BatchConfig, Batches, count_units
 from jaxaroo.train.data.tokenise import Encoded
 
 N = 57
@@ -37,7 +37,7 @@ def batches(seed=0, encode=encode, mine=None, fixed_length=False, **settings):
 def found(batch):
     """The examples in a batch, read off its segments: {example: positions it fills}."""
     out = []
-    for row in zip(*(np.asarray(leaf).reshape(-1, leaf.shape[-1]) for leaf in batch), strict=True):
+    for row in zip(*(np.asarray(leaf).reshape(-1, leaf.shape[-1]) for leaf in jax.tree.leaves(batch)), strict=True):
         tokens, targets, positions, segments, mask, weights, labels = row
         for segment in range(1, segments.max() + 1):
             at = np.flatnonzero(segments == segment)
@@ -168,7 +168,7 @@ def test_two_processes_hold_together_what_one_holds(packing):
     for _ in range(5):
         whole, halves = next(one), [next(p) for p in parts]
         assert whole.tokens.shape == (2, 4, 40)
-        for want, *got in zip(whole, *halves, strict=True):
+        for want, *got in zip(*map(jax.tree.leaves, (whole, *halves)), strict=True):
             np.testing.assert_array_equal(np.concatenate(got, axis=1), want)
     both = {name: state for p in parts for name, state in p.get_state().items()}
     assert both == one.get_state()
@@ -177,7 +177,7 @@ def test_two_processes_hold_together_what_one_holds(packing):
 def test_micro_batches_cut_the_same_rows():
     one, four = next(batches(size=8)), next(batches(size=8, micro_batches=4))
     assert four.tokens.shape == (4, 2, 40)
-    for a, b in zip(one, four, strict=True):
+    for a, b in zip(*map(jax.tree.leaves, (one, four)), strict=True):
         np.testing.assert_array_equal(a.reshape(8, 40), b.reshape(8, 40))
 
 
@@ -220,7 +220,7 @@ def test_labels_and_masks_stand_at_the_tokens_themselves(packing):
         batch = next(stream)
         assert batch.labels.dtype == np.float32
         for tokens, targets, positions, segments, mask, weights, labels in zip(
-            *(leaf.reshape(-1, leaf.shape[-1]) for leaf in batch), strict=True
+            *(leaf.reshape(-1, leaf.shape[-1]) for leaf in jax.tree.leaves(batch)), strict=True
         ):
             for segment in range(1, segments.max() + 1):
                 at = np.flatnonzero(segments == segment)
@@ -248,7 +248,7 @@ def test_a_labelled_example_as_long_as_a_row_fits():
 
 def test_counts_are_those_of_a_loop():
     batch = next(batches(size=8, micro_batches=2))
-    got = {name: int(n) for name, n in count_units(Batch(*map(jnp.asarray, batch))).items()}
+    got = {name: int(n) for name, n in count_units(jax.tree.map(jnp.asarray, batch)).items()}
     assert got["sequence"] == len(found(batch))
     assert got["token"] == sum(int(encode({"i": i}).scored[1:].sum()) for i in found(batch))
     assert got["input"] == sum(len(encode({"i": i}).ids) - 1 for i in found(batch))
@@ -306,7 +306,7 @@ def test_the_sequences_of_an_example_are_neighbours_and_see_themselves_alone(pac
     while len(seen) < 2 * N:
         batch = next(stream)
         assert batch.tokens.shape[-1] <= 64
-        for row in zip(*(np.asarray(leaf).reshape(-1, leaf.shape[-1]) for leaf in batch), strict=True):
+        for row in zip(*(np.asarray(leaf).reshape(-1, leaf.shape[-1]) for leaf in jax.tree.leaves(batch)), strict=True):
             tokens, targets, positions, segments, mask, weights, _ = row
             assert (np.diff(segments[segments > 0]) >= 0).all()
             assert segments.max() % 2 == 0
@@ -356,3 +356,21 @@ def test_examples_of_another_number_of_sequences_are_refused():
         next(Batches(Rows(), encode, BatchConfig(size=4, max_length=40), seed=0, parts=2))
     with pytest.raises(ValueError, match="max_length=3 for 2 sequences; expected 2 tokens each at least"):
         Batches(Rows(), pair, BatchConfig(size=4, max_length=3), seed=0, parts=2)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_further_numbers_stand_at_the_targets_of_their_tokens(packing):
+    """Cut as the tokens are, and zero where no token is."""
+    of = lambda example: np.arange(3 + (example["i"] * 7) % 37, dtype=np.float32) + 1000 * (example["i"] + 1)
+    noted = lambda example: encode(example)._replace(more={"note": of(example), "other": -of(example)})
+    cfg = BatchConfig(size=4, max_length=30, packing=packing)
+    stream, seen = Batches(Rows(), noted, cfg, seed=0, more=("note",)), 0
+    for _ in range(10):
+        batch = next(stream)
+        assert batch.more.keys() == {"note"}
+        rows = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.segments, batch.positions, batch.more["note"]))
+        for tokens, segments, positions, note in zip(*rows, strict=True):
+            want = np.where(segments > 0, 1000.0 * tokens + positions + 1, 0)  # a token's value is its example's number
+            np.testing.assert_array_equal(note, want)
+            seen += segments.max()
+    assert seen > 30

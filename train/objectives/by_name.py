@@ -1,0 +1,347 @@
+"""Every objective of `jaxaroo train preference` by its name: its paper, the rows it learns from, and its terms.
+
+Each paper's file has the loss of sums or of tokens; here stands what it needs around it. One table, `OBJECTIVES`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ..data.formats import Layout
+from ..step import Advance, Term, Terms
+from . import asft, bco, cpo, d2o, dft, dpo, fsft, kto, mm_dpo, orpo, simpo
+from .preference import Sums, chosen_nll, pair_metrics, row_metrics
+from .sequences import (
+    View,
+    all_sums,
+    counted,
+    example_weights,
+    measured,
+    part_of,
+    per_example,
+    per_token,
+    sequence_sum,
+    sequence_value,
+    side,
+)
+
+Reads = Literal["nothing", "sums", "tokens", "kl"]  # of the reference: sums may be written down beforehand
+
+
+class Objective(NamedTuple):
+    """What one name stands for."""
+
+    paper: str
+    layout: Layout
+    config: Any  # a frozen dataclass with the published settings
+    terms: Callable[..., tuple[Terms, Terms]]  # (view, config) or (view, config, carry)
+    reads: Callable[[Any], Reads] = lambda cfg: "sums"
+    parts: Callable[[Any], int] = lambda cfg: 2  # sequences of an example
+    more: Callable[[Any], tuple[str, ...]] = lambda cfg: ()  # numbers that examples bring, beside the reference's sums
+    carry: Callable[[Any], tuple[Any, Advance] | None] = lambda cfg: None  # what it begins as, and how it goes on
+    learning_rate: float | None = None  # published
+    batch: int | None = None  # examples an update, published
+
+
+# ------------------------------------------------------------------------------------------------------------- pairs
+def dpo_terms(view: View, cfg: dpo.DpoConfig) -> tuple[Terms, Terms]:
+    """Every loss of the list; `sft` among them is a mean over tokens of chosen answers."""
+    logp = None if cfg.ld_alpha is None else view.policy.logp * _ld_weights(view, cfg.ld_alpha)
+    if cfg.ld_alpha is not None and view.reference is not None:
+        reference = view.reference._replace(logp=view.reference.logp * _ld_weights(view, cfg.ld_alpha))
+        view = view._replace(reference=reference)
+    sums = all_sums(view, logp)
+    chosen, rejected = side(sums, 0), side(sums, 1)
+    certainty = None
+    if cfg.wpo:
+        assert view.policy.log_sum_sq is not None
+        excess = sequence_sum(view.policy.logp - view.policy.log_sum_sq, view.batch, 2) / sums.tokens
+        certainty = excess[:, 0], excess[:, 1]
+    win = None
+    if any(name == "sppo_soft" for name, _ in cfg.losses):
+        win = sequence_value("win", view.batch, 2)[:, 0]
+    there = counted(view.batch, 2)
+    values, metrics = dpo.dpo(chosen, rejected, cfg, counted=there, win=win, certainty=certainty)
+    units = {name: "first_token" if name == "sft" else "example" for name in values}
+    weights = example_weights(view.batch, 2)
+    terms = {name: Term(value, weights, units[name]) for name, value in values.items()}
+    return terms, measured(metrics, view) | _of_tokens(view)
+
+
+def mm_dpo_terms(view: View, cfg: mm_dpo.MmDpoConfig) -> tuple[Terms, Terms]:
+    """DPO under each pair's beta, and the likelihood of chosen answers."""
+    sums, gap = all_sums(view), sequence_value("gap", view.batch, 2)[:, 0]
+    chosen, rejected = side(sums, 0), side(sums, 1)
+    beta = mm_dpo.beta_of(gap, cfg)
+    terms = {"mm_dpo": per_example(mm_dpo.mm_dpo(chosen, rejected, gap, cfg), view)}
+    terms |= _chosen_nll(view, chosen, cfg.sft)
+    r_w, r_l = (s.policy - _known(s) for s in (chosen, rejected))
+    found = pair_metrics(chosen, rejected, beta * r_w, beta * r_l)
+    return terms, measured(found | {"beta": beta, "score_gap": gap}, view) | _of_tokens(view)
+
+
+def orpo_terms(view: View, cfg: orpo.OrpoConfig) -> tuple[Terms, Terms]:
+    """The odds of pairs, and the likelihood of chosen answers, of their prompts too if it is to be so."""
+    sums = all_sums(view)
+    chosen, rejected = side(sums, 0), side(sums, 1)
+    odds = orpo.log_odds_ratio(chosen, rejected)
+    terms = {"orpo": per_example(orpo.orpo(chosen, rejected, cfg), view)}
+    if cfg.nll_prompt:
+        first = part_of(view.batch, 2) == 0
+        weights = per_token(jnp.tile(example_weights(view.batch, 2)[:, None], (1, 2)), view.batch, 2)
+        terms["nll"] = Term(-view.policy.logp, jnp.where(first, weights, 0.0), "first_input")
+    else:
+        terms |= _chosen_nll(view, chosen, 1.0)
+    a_w, a_l = chosen.policy / chosen.tokens, rejected.policy / rejected.tokens
+    found = pair_metrics(chosen, rejected, cfg.lam * a_w, cfg.lam * a_l)
+    found |= {"log_odds_chosen": odds, "log_odds_ratio": jax.nn.log_sigmoid(odds)}
+    return terms, measured(found, view) | _of_tokens(view)
+
+
+def simpo_terms(view: View, cfg: simpo.SimpoConfig) -> tuple[Terms, Terms]:
+    """Averages against a margin."""
+    sums = all_sums(view)
+    chosen, rejected = side(sums, 0), side(sums, 1)
+    terms = {"simpo": per_example(simpo.simpo(chosen, rejected, cfg), view)}
+    terms |= _chosen_nll(view, chosen, cfg.nll)
+    rewards = (cfg.beta * simpo.reward(s, cfg) for s in (chosen, rejected))
+    return terms, measured(pair_metrics(chosen, rejected, *rewards), view) | _of_tokens(view)
+
+
+def cpo_terms(view: View, cfg: cpo.CpoConfig) -> tuple[Terms, Terms]:
+    """The contrast, and the likelihood of chosen answers."""
+    sums = all_sums(view)
+    chosen, rejected = side(sums, 0), side(sums, 1)
+    terms = {"cpo": per_example(cpo.cpo(chosen, rejected, cfg), view)}
+    terms |= _chosen_nll(view, chosen, cfg.alpha)
+    rewards = (cfg.beta * s.policy for s in (chosen, rejected))
+    return terms, measured(pair_metrics(chosen, rejected, *rewards), view) | _of_tokens(view)
+
+
+def d2o_terms(view: View, cfg: d2o.D2oConfig) -> tuple[Terms, Terms]:
+    """The bad answer is the last sequence of an example, before it stand the model's own."""
+    sums = all_sums(view)
+    own, bad = side(sums, slice(0, cfg.samples)), side(sums, cfg.samples)
+    r_own, r_bad = own.policy - _known(own), bad.policy - _known(bad)
+    found = {"kl/k1_own": jnp.mean(r_own, axis=-1), "rewards/rejected": cfg.alpha * r_bad, "logps/rejected": bad.policy}
+    return {"d2o": per_example(d2o.d2o(own, bad, cfg), view)}, measured(found, view) | _of_tokens(view)
+
+
+# -------------------------------------------------------------------------------------------------------------- rows
+def kto_terms(view: View, cfg: kto.KtoConfig, carry: Float[Array, ""] | None = None) -> tuple[Terms, Terms]:
+    """Rows, each with the answer to another prompt behind it, from which the KL is estimated."""
+    sums, good = all_sums(view), _desirable(view)
+    rows, kl, now = side(sums, 0), jnp.float32(0), None
+    if cfg.loss == "kto":
+        now = kto.mismatched_kl(side(sums, 1), counted(view.batch, view.parts))
+        kl = now if carry is None else cfg.kl_decay * carry + (1 - cfg.kl_decay) * now
+    terms = {"kto": per_example(kto.kto(rows, good, kl, cfg), view)}
+    found = measured(row_metrics(rows, cfg.beta * (rows.policy - _known(rows))), view) | _by_label(view, rows, cfg.beta)
+    if now is not None:
+        there = counted(view.batch, view.parts).astype(jnp.float32)
+        spread = lambda x: jnp.full(there.shape, x)
+        found |= {"kl": Term(spread(kl), there, "example"), "kl_now": Term(spread(now), there, "example")}
+    return terms, found | _of_tokens(view)
+
+
+def kto_carry(cfg: kto.KtoConfig) -> tuple[Any, Advance] | None:
+    """The running mean of the KL, if one is kept; it follows the mean of each window."""
+    if cfg.loss != "kto" or not cfg.kl_decay:
+        return None
+    d = cfg.kl_decay
+    return jnp.float32(0), lambda carry, params, metrics, step: d * carry + (1 - d) * metrics["kl_now"]
+
+
+def bco_terms(view: View, cfg: bco.BcoConfig, carry: bco.Delta) -> tuple[Terms, Terms]:
+    """Rows, against the mean reward of all windows before this one."""
+    sums, good = all_sums(view), _desirable(view)
+    rows = side(sums, 0)
+    found = measured(row_metrics(rows, cfg.beta * (rows.policy - _known(rows))), view) | _by_label(view, rows, cfg.beta)
+    there = counted(view.batch, 1).astype(jnp.float32)
+    found["delta"] = Term(jnp.full(there.shape, carry.mean), there, "example")
+    return {"bco": per_example(bco.bco(rows, good, carry, cfg), view)}, found | _of_tokens(view)
+
+
+def bco_carry(cfg: bco.BcoConfig) -> tuple[Any, Advance]:
+    """The mean over whole windows, so that it does not depend on how they are cut into micro-batches."""
+
+    def advance(carry: Any, params: Any, metrics: Mapping[str, Array], step: Array) -> bco.Delta:
+        number = metrics["examples"].astype(jnp.float32)
+        total = carry.rows + number
+        return bco.Delta(carry.mean + (metrics["rewards"] - carry.mean) * number / jnp.maximum(total, 1.0), total)
+
+    return bco.init_delta(), advance
+
+
+# ------------------------------------------------------------------------------------------------------------ tokens
+def dft_terms(view: View, cfg: dft.DftConfig) -> tuple[Terms, Terms]:
+    """Every token of the completion."""
+    return {"dft": Term(dft.dft(view.policy.logp), view.batch.weights, "token")}, _of_answers(view)
+
+
+def asft_terms(view: View, cfg: asft.AsftConfig, kl: Float[Array, "B T"]) -> tuple[Terms, Terms]:
+    """The same, anchored."""
+    metrics = _of_answers(view) | {"kl": Term(kl, view.batch.mask.astype(jnp.float32), "token")}
+    return {"asft": Term(asft.asft(view.policy.logp, kl, cfg), view.batch.weights, "token")}, metrics
+
+
+def fsft_terms(view: View, cfg: fsft.FsftConfig) -> tuple[Terms, Terms]:
+    """Of tokens, or of whole answers."""
+    if cfg.level == "answer":
+        rows = side(all_sums(view), 0)
+        return {"fsft": per_example(fsft.fsft(rows.policy, _known(rows), cfg), view)}, _of_answers(view)
+    assert view.reference is not None
+    value = fsft.fsft(view.policy.logp, view.reference.logp, cfg)
+    return {"fsft": Term(value, view.batch.weights, "token")}, _of_answers(view)
+
+
+# ------------------------------------------------------------------------------------------------------------- names
+def _dpo_reads(cfg: dpo.DpoConfig) -> Reads:
+    return "tokens" if cfg.ld_alpha is not None else "sums"
+
+
+def _dpo(name: str, paper: str, **changes: Any) -> Objective:
+    known = dpo.PUBLISHED[name]
+    soft = lambda cfg: ("win",) if any(loss == "sppo_soft" for loss, _ in cfg.losses) else ()
+    config = dataclasses.replace(known.config, **changes)
+    rest: Any = dict(learning_rate=known.learning_rate, batch=known.batch)
+    return Objective(paper, "pairs", config, dpo_terms, reads=_dpo_reads, more=soft, **rest)
+
+
+def _one(cfg: Any) -> int:
+    return 1
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "dpo": _dpo("DPO", "2305.18290"),
+    "cdpo": _dpo("DPO", "2305.18290", losses=(("cdpo", 1.0),), eps=0.1),
+    "rdpo": _dpo("rDPO", "2403.00409"),
+    "hinge": _dpo("DPO", "2305.10425", losses=(("hinge", 1.0),)),
+    "ipo": _dpo("IPO", "2310.12036"),
+    "exo": _dpo("EXO", "2402.00856"),
+    "nca": _dpo("NCA", "2402.05369"),
+    "bco-pair": _dpo("BCO", "2404.04656"),
+    "sppo": _dpo("SPPO", "2405.00675"),
+    "apo": _dpo("APO", "2408.06266"),
+    "discopop": _dpo("DiscoPOP", "2406.08414"),
+    "dpo-norm": _dpo("DPO", "2305.18290", losses=(("sigmoid_norm", 1.0),)),
+    "ld-dpo": _dpo("DPO", "2409.06411", ld_alpha=0.5),
+    "rpo": _dpo("RPO", "2404.19733"),
+    "mpo": _dpo("MPO", "2411.10442"),
+    "wpo": _dpo("WPO", "2406.11827"),
+    "aot": _dpo("AOT", "2406.05882"),
+    "tr-dpo": _dpo("TR-DPO", "2404.09656"),
+    "mm-dpo": Objective(
+        "2502.10391", "pairs", mm_dpo.MmDpoConfig(), mm_dpo_terms, more=lambda cfg: ("gap",), learning_rate=1e-6
+    ),
+    "orpo": Objective("2403.07691", "pairs", orpo.OrpoConfig(), orpo_terms, reads=lambda cfg: "nothing"),
+    "simpo": Objective(
+        "2405.14734",
+        "pairs",
+        simpo.SimpoConfig(),
+        simpo_terms,
+        reads=lambda cfg: "nothing",
+        learning_rate=6e-7,
+        batch=128,
+    ),
+    "cpo": Objective("2401.08417", "pairs", cpo.CpoConfig(), cpo_terms, reads=lambda cfg: "nothing"),
+    "d2o": Objective(
+        "2403.03419", "dispreferred", d2o.D2oConfig(), d2o_terms, parts=lambda cfg: cfg.samples + 1, batch=None
+    ),
+    "kto": Objective(
+        "2402.01306",
+        "unpaired",
+        kto.KtoConfig(),
+        kto_terms,
+        parts=lambda cfg: 2 if cfg.loss == "kto" else 1,
+        more=lambda cfg: ("desirable",),
+        carry=kto_carry,
+        learning_rate=1e-6,
+    ),
+    "bco": Objective(
+        "2404.04656",
+        "unpaired",
+        bco.BcoConfig(),
+        bco_terms,
+        parts=_one,
+        more=lambda cfg: ("desirable",),
+        carry=bco_carry,
+        learning_rate=5e-7,
+        batch=128,
+    ),
+    "dft": Objective("2508.05629", "sft", dft.DftConfig(), dft_terms, reads=lambda cfg: "nothing", parts=_one),
+    "asft": Objective(
+        "2509.23753",
+        "sft",
+        asft.AsftConfig(),
+        asft_terms,
+        reads=lambda cfg: "kl",
+        parts=_one,
+        learning_rate=2e-5,
+        batch=64,
+    ),
+    "fsft": Objective(
+        "2507.00018",
+        "sft",
+        fsft.FsftConfig(),
+        fsft_terms,
+        reads=lambda cfg: "tokens" if cfg.level == "token" else "sums",
+        parts=_one,
+    ),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- private
+def _known(sums: Sums) -> Array:
+    if sums.reference is None:
+        raise ValueError("train preference: found sums without a reference; expected those of the frozen model.")
+    return sums.reference
+
+
+def _of_tokens(view: View) -> dict[str, Term]:
+    return {"entropy": Term(view.policy.entropy, view.batch.mask.astype(jnp.float32), "token")}
+
+
+def _of_answers(view: View) -> dict[str, Term]:
+    """The likelihood too, which need not be what is minimised."""
+    return _of_tokens(view) | {"nll": Term(-view.policy.logp, view.batch.mask.astype(jnp.float32), "token")}
+
+
+def _chosen_nll(view: View, chosen: Sums, weight: float) -> dict[str, Term]:
+    """The likelihood of chosen answers, a mean over their tokens; absent where it counts nothing."""
+    if not weight:
+        return {}
+    return {"nll": Term(weight * chosen_nll(chosen), example_weights(view.batch, view.parts), "first_token")}
+
+
+def _desirable(view: View) -> Array:
+    return sequence_value("desirable", view.batch, view.parts)[:, 0] > 0.5
+
+
+def _by_label(view: View, rows: Sums, beta: float) -> dict[str, Term]:
+    """Rewards and log-probabilities of good rows and of bad ones, under TRL's names."""
+    there, good = counted(view.batch, view.parts), _desirable(view)
+    reward, found = beta * (rows.policy - _known(rows)), {}
+    for name, of_kind, unit in (("chosen", good, "good_example"), ("rejected", ~good, "bad_example")):
+        weight = (there & of_kind).astype(jnp.float32)
+        found |= {f"rewards/{name}": Term(reward, weight, unit), f"logps/{name}": Term(rows.policy, weight, unit)}
+    return found
+
+
+def _ld_weights(view: View, alpha: float) -> Float[Array, "B T"]:
+    """LD-DPO: what a token counts, alpha behind as many tokens as the shorter answer of its pair has."""
+    batch = view.batch
+    shorter = jnp.min(sequence_sum(jnp.ones_like(batch.weights), batch, 2), axis=-1, keepdims=True)
+    here = jnp.cumsum(batch.mask.astype(jnp.float32), axis=1)
+    before = per_token(sequence_sum(here * _is_first(batch.mask, batch.segments), batch, 2), batch, 2) - 1.0
+    return jnp.where(here - before <= per_token(jnp.tile(shorter, (1, 2)), batch, 2), 1.0, alpha)
+
+
+def _is_first(mask: Array, segments: Array) -> Array:
+    """1 at the first token that counts in each segment."""
+    previous = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
+    return (mask & ~(previous(mask) & (previous(segments) == segments))).astype(jnp.float32)
