@@ -2,6 +2,9 @@
 
 run.py         a run from its settings to its model, and back to it after a stop; begin reading here
 rounds.py      a model learns from its own answers, in rounds
+rl.py          online policy gradients: answers, rewards, updates
+algorithms.py  which of them there are, and what each makes of answers and rewards
+rollouts.py    sampled answers as rows of tokens
 vision.py      runs of the vision models
 statistics.py  running statistics in a training state
 recipe.py      what kinds of runs there are

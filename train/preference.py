@@ -36,6 +36,7 @@ from .objectives.d2o import D2oConfig
 from .objectives.dft import DftConfig
 from .objectives.dpo import DpoConfig
 from .objectives.fsft import FsftConfig
+from .objectives.gdpo_belief import MOST, GdpoBeliefConfig
 from .objectives.kto import KtoConfig
 from .objectives.logprobs import Scores, output_table, score_targets
 from .objectives.mm_dpo import MmDpoConfig
@@ -43,6 +44,7 @@ from .objectives.orpo import OrpoConfig
 from .objectives.preference import check_name, check_number
 from .objectives.sequences import View, count_examples, sequence_value
 from .objectives.simpo import SimpoConfig
+from .objectives.sparsepo import SparsepoConfig
 from .references import COLUMN
 from .step import Advance, LossFn
 
@@ -76,6 +78,8 @@ class PreferenceOptions:
     dft: Annotated[DftConfig | None, tyro.conf.Suppress] = None
     asft: Annotated[AsftConfig | None, tyro.conf.Suppress] = None
     fsft: Annotated[FsftConfig | None, tyro.conf.Suppress] = None
+    sparsepo: Annotated[SparsepoConfig | None, tyro.conf.Suppress] = None
+    gdpo_belief: Annotated[GdpoBeliefConfig | None, tyro.conf.Suppress] = None
 
     def __post_init__(self):
         check_name("train preference: objective", self.objective, OBJECTIVES)
@@ -133,9 +137,10 @@ def encoder(tokenizer: Tokenizer, options: PreferenceOptions) -> Encode:
 
     def encode(row: Mapping[str, Any]) -> tuple[Encoded, ...]:
         found = sequences(tokenizer, row, parts)
-        numbers = {name: _numbers(name, row, parts, objective.layout) for name in names}
-        spread = lambda i, e: {name: np.full(len(e.ids), numbers[name][i], np.float32) for name in names}
-        return tuple(e._replace(more=spread(i, e)) for i, e in enumerate(found))
+        constant = [name for name in names if name not in (found[0].more or {})]
+        numbers = {name: _numbers(name, row, parts, objective.layout) for name in constant}
+        spread = lambda i, e: {name: np.full(len(e.ids), numbers[name][i], np.float32) for name in constant}
+        return tuple(e._replace(more={**(e.more or {}), **spread(i, e)}) for i, e in enumerate(found))
 
     return encode
 
@@ -208,6 +213,8 @@ def carry_of(options: PreferenceOptions) -> Carry | None:
     mixed, own = reference_of(options) == "mixed", objective_of(options).carry(settings_of(options))
     if not mixed and own is None:
         return None
+    network = objective_of(options).network(settings_of(options))
+    owned = network is not None and bool(network.axes)
 
     def init(base: Params) -> dict[str, Any]:
         found = {"reference": jax.tree.map(lambda w: w + 0.0, base)} if mixed else {}
@@ -221,7 +228,8 @@ def carry_of(options: PreferenceOptions) -> Carry | None:
         new = dict(carry)
         if mixed:
             share = jnp.where((step + 1) % options.mix_every == 0, options.mix, 0.0)
-            new["reference"] = jax.tree.map(lambda r, p: r + share * (p - r), carry["reference"], params)
+            policy = params["model"] if owned else params
+            new["reference"] = jax.tree.map(lambda r, p: r + share * (p - r), carry["reference"], policy)
         if own is not None:
             new["objective"] = own[1](carry["objective"], params, metrics, step)
         return new
@@ -253,20 +261,50 @@ def trainable_parts(config: DecoderConfig, options: PreferenceOptions, lora: Lor
             )
         merge = lambda adapters, base: apply_lora(lora, base, adapters)
         both = lambda adapters, base: {"policy": merge(adapters, base)} | ({"reference": base} if frozen else {})
-        return Parts(lambda base, key: init_lora(lora, base, axes, key), lora_axes(lora, axes), True, both, merge)
-    copy = lambda base, key: jax.tree.map(lambda w: w + 0.0, base)  # a buffer of its own: the reference stays
-    if frozen:
+        made = Parts(lambda base, key: init_lora(lora, base, axes, key), lora_axes(lora, axes), True, both, merge)
+    elif frozen:
+        copy = lambda base, key: jax.tree.map(lambda w: w + 0.0, base)  # a buffer of its own: the reference stays
         both = lambda params, base: {"policy": params, "reference": base}
-        return Parts(copy, axes, True, both, lambda params, base: params)
-    alone = lambda params, base: {"policy": params}
-    return Parts(lambda base, key: base, axes, False, alone, lambda params, base: params)
+        made = Parts(copy, axes, True, both, lambda params, base: params)
+    else:
+        alone = lambda params, base: {"policy": params}
+        made = Parts(lambda base, key: base, axes, False, alone, lambda params, base: params)
+    network = objective_of(options).network(settings_of(options))
+    if network is None or not network.axes:
+        empty = {} if network is None else {"network": {}}
+        return made._replace(combine=lambda params, base: made.combine(params, base) | empty)
+    at = config.num_layers, config.embed_dim
+    return Parts(
+        lambda base, key: {"model": made.init(base, key), "network": network.init(*at, jax.random.fold_in(key, 1))},
+        {"model": made.axes, "network": network.axes},
+        made.beside,
+        lambda params, base: made.combine(params["model"], base) | {"network": params["network"]},
+        lambda params, base: made.result(params["model"], base),
+    )
 
 
-def make_loss(config: DecoderConfig, options: PreferenceOptions, *, rules: Rules, remat: Remat) -> LossFn:
-    """The objective with its forward passes."""
+def make_loss(
+    config: DecoderConfig,
+    options: PreferenceOptions,
+    *,
+    rules: Rules,
+    remat: Remat,
+    tokenizer: Tokenizer | None = None,
+) -> LossFn:
+    """The objective with its forward passes.
+
+    Args:
+      config: of the decoder.
+      options: which objective, against what.
+      rules: where activations lie.
+      remat: what the backward pass computes again.
+      tokenizer: for beliefs, whose ids are tokens.
+    """
     objective, cfg = objective_of(options), settings_of(options)
     parts, reads = objective.parts(cfg), objective.reads(cfg)
     squares, owns = getattr(cfg, "wpo", False), objective.carry(cfg) is not None
+    states = tuple(range(1, config.num_layers + 1)) if objective.collect else ()
+    ids = belief_ids(tokenizer) if objective.layout == "beliefs" and tokenizer is not None else None
 
     def loss(params: Params, batch: Batch, key: Any, carry: Any = None) -> Any:
         del key  # nothing is random here
@@ -275,15 +313,27 @@ def make_loss(config: DecoderConfig, options: PreferenceOptions, *, rules: Rules
         if reference_of(options) in ("frozen", "mixed"):
             weights = params["reference"] if "reference" in params else carry["reference"]
             weights = jax.lax.stop_gradient(weights)
-            reference = jax.lax.stop_gradient(score(weights))
-        extra: list[Any] = []
+            reference = jax.lax.stop_gradient(score(weights, collect=states))
+        extra: dict[str, Any] = {}
         if reads == "kl" and reference is not None and weights is not None:
-            extra.append(divergence(config, params["policy"], policy, weights, reference))
+            extra["kl"] = divergence(config, params["policy"], policy, weights, reference)
         if owns:
-            extra.append(carry["objective"])
-        return objective.terms(View(batch, parts, policy, reference), cfg, *extra)
+            extra["carry"] = carry["objective"]
+        if "network" in params:
+            extra["network"] = params["network"]
+        if ids is not None:
+            extra["beliefs"] = id_logps(config, params["policy"], policy, ids)
+        return objective.terms(View(batch, parts, policy, reference), cfg, **extra)
 
     return loss
+
+
+def id_logps(config: DecoderConfig, params: Params, policy: Scores, ids: Sequence[int]) -> jax.Array:
+    """Log-probabilities of some tokens where each target is predicted, over the whole vocabulary; [B, T, K]."""
+    assert policy.lse is not None
+    rows = output_table(config, params)[jnp.asarray(ids)].astype(policy.hidden.dtype)
+    z = jnp.einsum("btd,kd->btk", policy.hidden, rows, preferred_element_type=jnp.float32)
+    return z - policy.lse[..., None]
 
 
 def divergence(
@@ -309,6 +359,8 @@ _CONFIGS: dict[str, type] = {
     "dft": DftConfig,
     "asft": AsftConfig,
     "fsft": FsftConfig,
+    "sparsepo": SparsepoConfig,
+    "gdpo_belief": GdpoBeliefConfig,
 }
 
 
@@ -319,6 +371,41 @@ def _pair(tokenizer: Tokenizer, row: Mapping[str, Any], parts: int) -> tuple[Enc
 def _rows(tokenizer: Tokenizer, row: Mapping[str, Any], parts: int) -> tuple[Encoded, ...]:
     answers = ("completion", "mismatched")[:parts]
     return tuple(encode_pair(tokenizer, row["prompt"], row[name]) for name in answers)
+
+
+def belief_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens of the ids 0 to 9.
+
+    Raises:
+      ValueError: if one of them is no single token.
+    """
+    found = [tokenizer.encode(str(k), bos=False) for k in range(MOST)]
+    if wrong := [k for k, ids in enumerate(found) if len(ids) != 1]:
+        raise ValueError(f"train preference: the id {wrong[0]} is {len(found[wrong[0]])} tokens; expected one.")
+    return tuple(ids[0] for ids in found)
+
+
+def _beliefs(tokenizer: Tokenizer, row: Mapping[str, Any], parts: int) -> tuple[Encoded, ...]:
+    """`{id}<{belief}>{answer}` behind the prompt, in pieces, so that every token is of one of them."""
+    if len(row["beliefs"]) > MOST:
+        raise ValueError(f"train preference: a row has {len(row['beliefs'])} beliefs; expected at most {MOST}.")
+    prompt, k = row["prompt"], row["belief_id"]
+    before = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+    belief = tokenizer.encode(f"<{row['beliefs'][k]}>", bos=False)
+    found = []
+    for name in ("chosen", "rejected"):
+        answer = row[name] if isinstance(row[name], str) else "\n".join(m.get("content") or "" for m in row[name])
+        pieces = [before, [belief_ids(tokenizer)[k]], belief, [*tokenizer.encode(answer, bos=False), _end(tokenizer)]]
+        of = np.repeat(np.arange(4), [len(piece) for piece in pieces])
+        marks = {"id": (of == 1).astype(np.float32), "belief": (of == 2).astype(np.float32)}
+        found.append(Encoded(np.concatenate(pieces).astype(np.int32), of > 0, more=marks))
+    return tuple(found)
+
+
+def _end(tokenizer: Tokenizer) -> int:
+    if not tokenizer.eos_ids:
+        raise ValueError("train preference: this tokenizer names no end token; expected `eos_token`.")
+    return tokenizer.eos_ids[0]
 
 
 def _samples(tokenizer: Tokenizer, row: Mapping[str, Any], parts: int) -> tuple[Encoded, ...]:
@@ -336,6 +423,7 @@ _SEQUENCES: dict[str, Callable[[Tokenizer, Mapping[str, Any], int], tuple[Encode
     "unpaired": _rows,
     "dispreferred": _samples,
     "sft": lambda tokenizer, row, parts: (encode_sft(tokenizer, row),),
+    "beliefs": _beliefs,
 }
 
 # What of a row's columns is the reference's sum of each sequence.
@@ -358,6 +446,11 @@ def _numbers(name: str, row: Mapping[str, Any], parts: int, layout: str) -> Sequ
         if name == "gap":
             gap = row["margin"] if "margin" in row else row["score_chosen"] - row["score_rejected"]
             return [gap] * parts
+        if name == "accepted":
+            return [float(row["belief_id"])] * parts
+        if name.startswith("held_"):
+            k = int(name.removeprefix("held_"))
+            return [row["belief_probs"][k] if k < len(row["beliefs"]) else 0.0] * parts
         return [row[name]] * parts
     except KeyError as e:
         raise ValueError(

@@ -508,7 +508,7 @@ def _preference(origin: Origin, options: PreferenceOptions, lora: LoraConfig | N
 
 
 def _preference_loss(origin: Origin, options: PreferenceOptions, *, rules: Rules, remat: Remat) -> LossFn:
-    return preference.make_loss(origin.config, options, rules=rules, remat=remat)
+    return preference.make_loss(origin.config, options, rules=rules, remat=remat, tokenizer=origin.tokenizer)
 
 
 def _scored(origin: Origin, options: PreferenceOptions) -> Encode | None:

@@ -24,6 +24,7 @@ from jaxaroo.train.metrics import read_records
 from jaxaroo.train.objectives.bco import BcoConfig
 from jaxaroo.train.objectives.dpo import DpoConfig
 from jaxaroo.train.objectives.kto import KtoConfig
+from jaxaroo.train.objectives.sparsepo import SparsepoConfig
 from jaxaroo.train.optimizer import OptimizerConfig
 from jaxaroo.train.preference import PreferenceOptions, make_loss, with_settings
 from jaxaroo.train.recipe import RECIPES
@@ -61,6 +62,8 @@ def base(tmp_path_factory):
     ]
     write("unpaired.jsonl", rows)
     write("sft.jsonl", [{"prompt": r["prompt"], "completion": r["chosen"]} for r in pairs])
+    held = {"beliefs": ["cold", "warm", "hot"], "belief_probs": [0.6, 0.3, 0.1]}
+    write("beliefs.jsonl", [{**r, **held, "belief_id": i % 2} for i, r in enumerate(pairs)])
     own = [{"prompt": r["prompt"], "rejected": r["rejected"], "self_samples": ["ab", "ba", r["chosen"]]} for r in pairs]
     write("dispreferred.jsonl", own)
     return folder
@@ -275,6 +278,9 @@ KINDS = {
     "asft": ("sft.jsonl", None),
     "dft": ("sft.jsonl", None),
     "fsft": ("sft.jsonl", None),
+    "sparsepo": ("pairs.jsonl", SparsepoConfig(networks="independent")),
+    "sparsepo, activations": ("pairs.jsonl", SparsepoConfig(mask="activations", beta=0.5)),
+    "gdpo-belief": ("beliefs.jsonl", None),
 }
 
 
@@ -282,13 +288,21 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_objectives_of_every_layout_train(base, tmp_path, name):
     data, given = KINDS[name]
-    options = PreferenceOptions(objective=name)
+    options = PreferenceOptions(objective=name.split(",")[0])
     options = options if given is None else with_settings(options, given)
     start("preference", settings(base, tmp_path / "run", data=data), options)
     found = records(tmp_path / "run")
     falls = [r["nll" if data == "sft.jsonl" else "loss"] for r in found]  # -p log p rises first
     assert falls[-1] < falls[0]
     assert all(np.isfinite(list(r.values())).all() for r in found)
+    if name == "gdpo-belief":
+        assert found[-1]["belief/kl"] < found[0]["belief/kl"]
+        assert 0 < found[0]["belief/mass"] < found[-1]["belief/mass"] < 1
+    if name == "sparsepo":
+        np.testing.assert_allclose(found[0]["kl/k1_chosen"], 0.0, atol=1e-5)
+        assert found[0]["mask/mean"] != found[-1]["mask/mean"]  # the masks learn
+        again = weights(tmp_path / "run")
+        assert b"network" not in again[:5000]  # and are not part of the model
     if name == "asft":
         assert abs(found[0]["kl"]) < 1e-6 < found[-1]["kl"]
 

@@ -20,6 +20,8 @@ orpo.py      odds of the chosen answer, beside its likelihood; no reference
 simpo.py     averages and a margin, no reference; AlphaPO's reward shape
 cpo.py       DPO under a uniform reference, beside the likelihood
 d2o.py       bad answers alone, held by samples of the initial model
+sparsepo.py  DPO of tokens, under masks that say which count
+gdpo_belief.py  beliefs as people hold them, and DPO behind each
 mm_dpo.py    DPO whose beta grows with the gap of ratings
 npo.py       unlearning: NPO and gradient ascent
 dft.py       fine-tuning weighted by how likely a token is

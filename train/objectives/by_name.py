@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from ..data.formats import Layout
 from ..step import Advance, Term, Terms
-from . import asft, bco, cpo, d2o, dft, dpo, fsft, kto, mm_dpo, orpo, simpo
+from . import asft, bco, cpo, d2o, dft, dpo, fsft, gdpo_belief, kto, mm_dpo, orpo, simpo, sparsepo
 from .preference import Sums, chosen_nll, pair_metrics, row_metrics
 from .sequences import (
     View,
@@ -32,17 +32,26 @@ from .sequences import (
 Reads = Literal["nothing", "sums", "tokens", "kl"]  # of the reference: sums may be written down beforehand
 
 
+class Network(NamedTuple):
+    """Parameters of the objective's own."""
+
+    init: Callable[[int, int, jax.Array], Any]  # layers and width of the decoder, key
+    axes: Any
+
+
 class Objective(NamedTuple):
     """What one name stands for."""
 
     paper: str
     layout: Layout
     config: Any  # a frozen dataclass with the published settings
-    terms: Callable[..., tuple[Terms, Terms]]  # (view, config) or (view, config, carry)
+    terms: Callable[..., tuple[Terms, Terms]]  # (view, config), and by name what it has: kl, carry, network, beliefs
     reads: Callable[[Any], Reads] = lambda cfg: "sums"
     parts: Callable[[Any], int] = lambda cfg: 2  # sequences of an example
     more: Callable[[Any], tuple[str, ...]] = lambda cfg: ()  # numbers that examples bring, beside the reference's sums
     carry: Callable[[Any], tuple[Any, Advance] | None] = lambda cfg: None  # what it begins as, and how it goes on
+    network: Callable[[Any], Network | None] = lambda cfg: None  # what it trains beside the policy
+    collect: bool = False  # of the reference the state behind every layer
     learning_rate: float | None = None  # published
     batch: int | None = None  # examples an update, published
 
@@ -131,8 +140,62 @@ def d2o_terms(view: View, cfg: d2o.D2oConfig) -> tuple[Terms, Terms]:
     return {"d2o": per_example(d2o.d2o(own, bad, cfg), view)}, measured(found, view) | _of_tokens(view)
 
 
+def sparsepo_terms(
+    view: View, cfg: sparsepo.SparsepoConfig, *, kl: Float[Array, "B T"], network: Any
+) -> tuple[Terms, Terms]:
+    """Masked log-ratios and divergences of both answers."""
+    batch = view.batch
+    assert view.reference is not None
+    m_u, m_d = sparsepo.masks_of(view.reference.states, batch, network, cfg)
+    of = lambda x: sequence_sum(x, batch, 2)
+    u, k = of(m_u * (view.policy.logp - view.reference.logp)), of(m_d * kl)
+    value = sparsepo.sparsepo(u, k, of(jnp.abs(m_u)), of(jnp.abs(m_d)), cfg)
+    sums = all_sums(view)
+    rewards = (cfg.beta * jax.lax.stop_gradient(u[:, i] + k[:, i]) for i in (0, 1))
+    found = pair_metrics(side(sums, 0), side(sums, 1), *rewards)
+    found |= {"seq_kl": jnp.sum(of(kl), axis=1), "seq_kl_masked": jnp.sum(k, axis=1)}
+    tokens = batch.mask.astype(jnp.float32)
+    masks = {"mask/mean": m_u, "mask/sparsity_u": m_u == 0, "mask/sparsity_d": m_d == 0}
+    shares = {name: Term(x.astype(jnp.float32), tokens, "token") for name, x in masks.items()}
+    return {"sparsepo": per_example(value, view)}, measured(found, view) | shares | _of_tokens(view)
+
+
+def gdpo_belief_terms(
+    view: View, cfg: gdpo_belief.GdpoBeliefConfig, *, beliefs: Float[Array, "B T K"]
+) -> tuple[Terms, Terms]:
+    """Calibration where the id is predicted, DPO of answers, likelihood of the accepted belief.
+
+    Args:
+      view: pairs, whose tokens say what they are: `id` and `belief` are 1 at those, and `held_k` is p*.
+      cfg: weights.
+      beliefs: at every target the log-probability of each id token.
+    """
+    batch, more = view.batch, view.batch.more or {}
+    answer = jnp.where((more["id"] > 0) | (more["belief"] > 0), 0.0, 1.0)
+    masked = lambda scores: scores._replace(logp=scores.logp * answer)
+    reference = None if view.reference is None else masked(view.reference)
+    sums = all_sums(view._replace(policy=masked(view.policy), reference=reference))
+    tokens = jnp.maximum(sequence_sum(answer, batch, 2), 1.0)
+    chosen, rejected = (side(sums._replace(tokens=tokens), i) for i in (0, 1))
+    first = lambda x: sequence_sum(x, batch, 2)[:, 0]
+    K = beliefs.shape[-1]
+    logp = jnp.stack([first(beliefs[..., k] * more["id"]) for k in range(K)], axis=-1)
+    held = jnp.stack([sequence_value(f"held_{k}", batch, 2)[:, 0] for k in range(K)], axis=-1)
+    kl = gdpo_belief.calibration(held, logp)
+    said = first(view.policy.logp * more["belief"]) / jnp.maximum(first(more["belief"]), 1.0)
+    terms = {
+        "calibration": per_example(cfg.calibration * kl, view),
+        "dpo": per_example(gdpo_belief.conditional(chosen, rejected, cfg), view),
+        "belief": per_example(-cfg.belief * said, view),
+    }
+    rewards = (cfg.beta * (s.policy - _known(s)) for s in (chosen, rejected))
+    accepted = sequence_value("accepted", batch, 2)[:, 0]
+    found = pair_metrics(chosen, rejected, *rewards) | gdpo_belief.belief_metrics(held, logp, accepted)
+    return terms, measured(found | {"belief/kl": kl}, view) | _of_tokens(view)
+
+
 # -------------------------------------------------------------------------------------------------------------- rows
-def kto_terms(view: View, cfg: kto.KtoConfig, carry: Float[Array, ""] | None = None) -> tuple[Terms, Terms]:
+def kto_terms(view: View, cfg: kto.KtoConfig, *, carry: Float[Array, ""] | None = None) -> tuple[Terms, Terms]:
     """Rows, each with the answer to another prompt behind it, from which the KL is estimated."""
     sums, good = all_sums(view), _desirable(view)
     rows, kl, now = side(sums, 0), jnp.float32(0), None
@@ -156,7 +219,7 @@ def kto_carry(cfg: kto.KtoConfig) -> tuple[Any, Advance] | None:
     return jnp.float32(0), lambda carry, params, metrics, step: d * carry + (1 - d) * metrics["kl_now"]
 
 
-def bco_terms(view: View, cfg: bco.BcoConfig, carry: bco.Delta) -> tuple[Terms, Terms]:
+def bco_terms(view: View, cfg: bco.BcoConfig, *, carry: bco.Delta) -> tuple[Terms, Terms]:
     """Rows, against the mean reward of all windows before this one."""
     sums, good = all_sums(view), _desirable(view)
     rows = side(sums, 0)
@@ -183,7 +246,7 @@ def dft_terms(view: View, cfg: dft.DftConfig) -> tuple[Terms, Terms]:
     return {"dft": Term(dft.dft(view.policy.logp), view.batch.weights, "token")}, _of_answers(view)
 
 
-def asft_terms(view: View, cfg: asft.AsftConfig, kl: Float[Array, "B T"]) -> tuple[Terms, Terms]:
+def asft_terms(view: View, cfg: asft.AsftConfig, *, kl: Float[Array, "B T"]) -> tuple[Terms, Terms]:
     """The same, anchored."""
     metrics = _of_answers(view) | {"kl": Term(kl, view.batch.mask.astype(jnp.float32), "token")}
     return {"asft": Term(asft.asft(view.policy.logp, kl, cfg), view.batch.weights, "token")}, metrics
@@ -212,6 +275,10 @@ def _dpo(name: str, paper: str, **changes: Any) -> Objective:
     return Objective(paper, "pairs", config, dpo_terms, reads=_dpo_reads, more=soft, **rest)
 
 
+def _masks(cfg: sparsepo.SparsepoConfig) -> Network:
+    return Network(lambda layers, width, key: sparsepo.init_masks(layers, width, key, cfg), sparsepo.mask_axes(cfg))
+
+
 def _one(cfg: Any) -> int:
     return 1
 
@@ -237,6 +304,27 @@ OBJECTIVES: dict[str, Objective] = {
     "tr-dpo": _dpo("TR-DPO", "2404.09656"),
     "mm-dpo": Objective(
         "2502.10391", "pairs", mm_dpo.MmDpoConfig(), mm_dpo_terms, more=lambda cfg: ("gap",), learning_rate=1e-6
+    ),
+    "sparsepo": Objective(
+        "2410.05102",
+        "pairs",
+        sparsepo.SparsepoConfig(),
+        sparsepo_terms,
+        reads=lambda cfg: "kl",
+        network=lambda cfg: _masks(cfg),
+        collect=True,
+        learning_rate=5e-7,
+        batch=128,
+    ),
+    "gdpo-belief": Objective(
+        "2412.20299",
+        "beliefs",
+        gdpo_belief.GdpoBeliefConfig(),
+        gdpo_belief_terms,
+        reads=lambda cfg: "tokens",
+        more=lambda cfg: ("id", "belief", "accepted", *(f"held_{k}" for k in range(gdpo_belief.MOST))),
+        learning_rate=5e-7,
+        batch=32,
     ),
     "orpo": Objective("2403.07691", "pairs", orpo.OrpoConfig(), orpo_terms, reads=lambda cfg: "nothing"),
     "simpo": Objective(

@@ -17,6 +17,8 @@ class Scores(NamedTuple):
     entropy: Float[Array, "B T"]  # in nats, of the distribution it was scored under
     hidden: Float[Array, "B T D"]  # behind the final norm
     log_sum_sq: Float[Array, "B T"] | None = None  # log sum_v p_v^2, without gradient; None if nobody asked
+    lse: Float[Array, "B T"] | None = None  # log sum_v e^{z_v} of the logits
+    states: tuple[Float[Array, "B T D"], ...] = ()  # those asked for by `collect`
 
 
 def segment_mask(batch: Batch) -> Bool[Array, "B T T"]:
@@ -47,12 +49,27 @@ def score_targets(
     rules: Rules = REPLICATED,
     remat: Remat = "none",
     squares: bool = False,
+    collect: tuple[int, ...] = (),
 ) -> Scores:
-    """What the decoder says of every target; with `squares` also how much its distribution is in few tokens."""
+    """What the decoder says of every target.
+
+    Args:
+      cfg: of the decoder.
+      params: its weights.
+      batch: packed or padded rows.
+      rules: where activations lie.
+      remat: what the backward pass computes again.
+      squares: also how much of the distribution is in few tokens.
+      collect: states to give back, as `forward` counts them.
+    """
     B, T = batch.tokens.shape
-    hidden = hidden_states(cfg, params, batch, rules=rules, remat=remat)
+    positions, mask = batch.positions, segment_mask(batch)
+    seen = dict(key_positions=positions, remat=remat, rules=rules, collect=collect)
+    out = forward(cfg, params, batch.tokens, positions, mask, **seen)  # type: ignore[arg-type]
+    hidden = out.hidden
     table = output_table(cfg, params).astype(hidden.dtype)
     targets = batch.targets.reshape(-1)
     stats = token_stats(hidden.reshape(B * T, -1), table, targets, want_sum_sq=squares)
     square = stats.log_sum_sq.reshape(B, T) if squares and stats.log_sum_sq is not None else None
-    return Scores(stats.logp.reshape(B, T), stats.entropy.reshape(B, T), hidden, square)
+    cut = lambda x: x.reshape(B, T)
+    return Scores(cut(stats.logp), cut(stats.entropy), hidden, square, cut(stats.lse), out.collected)

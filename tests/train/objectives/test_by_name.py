@@ -88,10 +88,10 @@ def evaluate(name, batch, arrays, cfg, carry=None):
         zeros = jnp.zeros((*logp.shape, 1))
         policy = Scores(logp, -logp, zeros, arrays["square"])
         reference = Scores(arrays["reference"], zeros[..., 0], zeros) if live else None
-        extra = [carry] if carry is not None else []
+        extra = {} if carry is None else {"carry": carry}
         if objective.reads(cfg) == "kl":
-            extra = [(logp - arrays["reference"]) ** 2]
-        terms, metrics = objective.terms(View(batch, parts, policy, reference), cfg, *extra)
+            extra["kl"] = (logp - arrays["reference"]) ** 2
+        terms, metrics = objective.terms(View(batch, parts, policy, reference), cfg, **extra)
         total = lambda t: jnp.sum(jnp.where(t.weight != 0, t.value, 0.0) * t.weight) / number[t.unit]
         return sum(map(total, terms.values())), {n: total(t) for n, t in (terms | metrics).items()}
 
@@ -104,7 +104,7 @@ def carry_of(name, cfg):
     return None if own is None else own[0]
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES if n not in ("sparsepo", "gdpo-belief")])  # files of their own
 def test_packing_changes_nothing_and_prompts_and_padding_do_not_count(name):
     cfg = OBJECTIVES[name].config
     parts, carry = OBJECTIVES[name].parts(cfg), carry_of(name, cfg)
