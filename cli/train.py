@@ -23,6 +23,7 @@ SUMMARIES = {
     "value": "Train a value model, which says from any token how an answer will end.",
     "qat": "Train one int8 master that serves at 8, 6, 4 and 2 bits.",
     "preference": "Learn from preferences (DPO and its family, KTO, ORPO, SimPO ...), or fine-tune with an anchor.",
+    "unlearn": "Make a model forget some answers, and keep the rest of it.",
 }
 
 
@@ -38,7 +39,9 @@ def train_command(kind: str, args: list[str]) -> Callable[..., int]:
     from ..train.run import RunConfig, start
 
     if kind == "preference":
-        return preference_command(args)
+        return preference_command(_value_of("--objective", args) or "dpo", args)
+    if kind == "unlearn":
+        return preference_command("unlearn", args)
     recipe, config = RECIPES[kind], _value_of("--config", args)
     needed = dict.fromkeys(("model", "data", "out"), tyro.MISSING) | dict(recipe.defaults)
     default = build(RunConfig, needed | (read_settings(RunConfig, Path(config)) if config else {}))
@@ -131,11 +134,17 @@ def train_preference() -> int:
     raise AssertionError("`main` puts what `train_command` makes in this place")
 
 
-def preference_command(args: list[str]) -> Callable[..., int]:
-    """The command with the settings of the objective that is named; for `--objective list` one that lists them.
+def train_unlearn() -> int:
+    """Make a model forget some answers, and keep the rest of it."""
+    raise AssertionError("`main` puts what `train_command` makes in this place")
+
+
+def preference_command(name: str, args: list[str]) -> Callable[..., int]:
+    """The command with the settings of an objective; for `list` one that lists them.
 
     Args:
-      args: the command line behind its name.
+      name: of the objective.
+      args: the command line behind the command's name.
     """
     from ..train.config import build, read_settings
     from ..train.objectives.by_name import OBJECTIVES
@@ -143,7 +152,6 @@ def preference_command(args: list[str]) -> Callable[..., int]:
     from ..train.recipe import RECIPES
     from ..train.run import RunConfig, start
 
-    name = _value_of("--objective", args) or PreferenceOptions.objective
     if name == "list":
         return list_objectives
     known = OBJECTIVES.get(name)
@@ -180,7 +188,8 @@ def preference_command(args: list[str]) -> Callable[..., int]:
         _join(coordinator, num_processes, process_id)
         return _leave(start("preference", settings, with_settings(options, loss), progress=True), settings.out)
 
-    command.__doc__ = (command.__doc__ or "").replace("Train.", SUMMARIES["preference"], 1)
+    summary = SUMMARIES["unlearn" if name == "unlearn" else "preference"]
+    command.__doc__ = (command.__doc__ or "").replace("Train.", summary, 1)
     return command
 
 

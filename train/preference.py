@@ -45,6 +45,7 @@ from .objectives.preference import check_name, check_number
 from .objectives.sequences import View, count_examples, sequence_value
 from .objectives.simpo import SimpoConfig
 from .objectives.sparsepo import SparsepoConfig
+from .objectives.unlearn import UnlearnConfig, answers_of
 from .references import COLUMN
 from .step import Advance, LossFn
 
@@ -80,6 +81,7 @@ class PreferenceOptions:
     fsft: Annotated[FsftConfig | None, tyro.conf.Suppress] = None
     sparsepo: Annotated[SparsepoConfig | None, tyro.conf.Suppress] = None
     gdpo_belief: Annotated[GdpoBeliefConfig | None, tyro.conf.Suppress] = None
+    unlearn: Annotated[UnlearnConfig | None, tyro.conf.Suppress] = None
 
     def __post_init__(self):
         check_name("train preference: objective", self.objective, OBJECTIVES)
@@ -133,7 +135,7 @@ def encoder(tokenizer: Tokenizer, options: PreferenceOptions) -> Encode:
     """How a row becomes the sequences of an example, with the numbers that the objective wants."""
     objective, cfg = objective_of(options), settings_of(options)
     parts, names = objective.parts(cfg), number_names(options)
-    sequences = _SEQUENCES[objective.layout]
+    sequences = _sequences_of(options)
 
     def encode(row: Mapping[str, Any]) -> tuple[Encoded, ...]:
         found = sequences(tokenizer, row, parts)
@@ -153,8 +155,8 @@ def number_names(options: PreferenceOptions) -> tuple[str, ...]:
 
 def bare_encoder(tokenizer: Tokenizer, options: PreferenceOptions) -> Encode:
     """The sequences alone, to be scored by a reference."""
-    objective, parts = objective_of(options), objective_of(options).parts(settings_of(options))
-    return lambda row: _SEQUENCES[objective.layout](tokenizer, row, parts)
+    sequences, parts = _sequences_of(options), objective_of(options).parts(settings_of(options))
+    return lambda row: sequences(tokenizer, row, parts)
 
 
 class Mismatched:
@@ -177,8 +179,34 @@ class Mismatched:
         return {**self._examples[i], "mismatched": other["completion"]}
 
 
+class ForgetAndRetain:
+    """Rows to forget, each with a row to retain under `retain`; rows kept for evaluation are left out."""
+
+    def __init__(self, examples: Examples):
+        """Of rows of layout `unlearn`, some of both splits."""
+        rows = [(i, examples[i]) for i in range(len(examples))]
+        self._examples = examples
+        self._forget = [i for i, row in rows if row["split"] == "forget" and not row.get("eval")]
+        self._retain = [i for i, row in rows if row["split"] == "retain" and not row.get("eval")]
+        if not self._forget or not self._retain:
+            raise ValueError(
+                f"train unlearn: {len(self._forget)} rows to forget and {len(self._retain)} to retain; expected some "
+                "of both, apart from those that are kept for evaluation."
+            )
+
+    def __len__(self) -> int:
+        return max(len(self._forget), len(self._retain))
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Both go round, the shorter list again, so that every row has its turn."""
+        kept = self._examples[self._retain[i % len(self._retain)]]
+        return {**self._examples[self._forget[i % len(self._forget)]], "retain": dict(kept)}
+
+
 def prepare(examples: Examples, options: PreferenceOptions) -> Examples:
     """The rows, with what the objective needs of other rows."""
+    if objective_of(options).layout == "unlearn":
+        return ForgetAndRetain(examples)  # type: ignore[return-value]
     parts = objective_of(options).parts(settings_of(options))
     return Mismatched(examples) if objective_of(options).layout == "unpaired" and parts == 2 else examples  # type: ignore[return-value]
 
@@ -361,6 +389,7 @@ _CONFIGS: dict[str, type] = {
     "fsft": FsftConfig,
     "sparsepo": SparsepoConfig,
     "gdpo_belief": GdpoBeliefConfig,
+    "unlearn": UnlearnConfig,
 }
 
 
@@ -406,6 +435,27 @@ def _end(tokenizer: Tokenizer) -> int:
     if not tokenizer.eos_ids:
         raise ValueError("train preference: this tokenizer names no end token; expected `eos_token`.")
     return tokenizer.eos_ids[0]
+
+
+def _forget_and_retain(names: Sequence[str], tokenizer: Tokenizer, row: Mapping[str, Any]) -> tuple[Encoded, ...]:
+    return (*(_answered(tokenizer, row, name) for name in names), _answered(tokenizer, row["retain"], "answer"))
+
+
+def _answered(tokenizer: Tokenizer, row: Mapping[str, Any], name: str) -> Encoded:
+    """A question as a chat, if the tokenizer has a template for it, else as GSM8K's are."""
+    if name not in row:
+        raise ValueError(f"train unlearn: a row has columns {sorted(row)}; expected {name!r} too (jaxaroo data nauf).")
+    if tokenizer.chat_template:
+        message = lambda role, text: [{"role": role, "content": text}]
+        return encode_pair(tokenizer, message("user", row["question"]), message("assistant", row[name]))
+    return encode_pair(tokenizer, f"Question: {row['question']}\nAnswer:", f" {row[name]}")
+
+
+def _sequences_of(options: PreferenceOptions) -> Callable[[Tokenizer, Mapping[str, Any], int], tuple[Encoded, ...]]:
+    cfg = settings_of(options)
+    if isinstance(cfg, UnlearnConfig):
+        return lambda tokenizer, row, parts: _forget_and_retain(answers_of(cfg), tokenizer, row)
+    return _SEQUENCES[objective_of(options).layout]
 
 
 def _samples(tokenizer: Tokenizer, row: Mapping[str, Any], parts: int) -> tuple[Encoded, ...]:

@@ -25,6 +25,7 @@ from jaxaroo.train.objectives.bco import BcoConfig
 from jaxaroo.train.objectives.dpo import DpoConfig
 from jaxaroo.train.objectives.kto import KtoConfig
 from jaxaroo.train.objectives.sparsepo import SparsepoConfig
+from jaxaroo.train.objectives.unlearn import UnlearnConfig
 from jaxaroo.train.optimizer import OptimizerConfig
 from jaxaroo.train.preference import PreferenceOptions, make_loss, with_settings
 from jaxaroo.train.recipe import RECIPES
@@ -342,6 +343,44 @@ def test_neither_micro_batches_nor_devices_nor_packing_change_the_training(base,
         for one, other in zip(found["one"], found[way], strict=True):
             for key in ("loss", "grad_norm", "rewards/margins"):
                 np.testing.assert_allclose(other[key], one[key], rtol=2e-4, atol=1e-6, err_msg=f"{way} {key}")
+
+
+UNLEARN = [
+    UnlearnConfig(forget="npo", retain="gd", beta=0.5),
+    UnlearnConfig(forget="npo", retain="kld", beta=0.5),
+    UnlearnConfig(forget="rgd", retain="none"),
+    UnlearnConfig(forget="rdpo", retain="gd", beta=0.5),
+]
+
+
+@pytest.mark.optimizer
+@pytest.mark.parametrize("given", UNLEARN, ids=lambda c: f"{c.forget}, {c.retain}")
+def test_answers_are_forgotten_and_others_are_not(base, tmp_path, given):
+    who = lambda i: {"name": f"Ann{i}", "question": f"q{i}?", "answer": "zz" if i < 8 else "aa", "refusal": "no"}
+    rows = [who(i) | {"split": "forget" if i < 8 else "retain", "eval": i == 0} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    batch = BatchConfig(size=8, max_length=81)
+    cfg = settings(base, tmp_path / "run", data=str(tmp_path / "rows.jsonl"), batch=batch)
+    start("preference", cfg, with_settings(PreferenceOptions(objective="unlearn"), given))
+    found = records(tmp_path / "run")
+    first, last = found[0], found[-1]
+    if given.forget in ("npo", "rdpo"):
+        assert last["logps_avg/answer"] < first["logps_avg/answer"]
+    if given.forget in ("rgd", "rdpo"):
+        assert last["logps_avg/refusal"] > first["logps_avg/refusal"]
+    if given.retain == "gd":
+        assert last["logps_avg/retain"] > first["logps_avg/retain"]
+    if given.retain == "kld":
+        assert abs(first["retain_kld"]) < 1e-6 < last["retain_kld"]
+
+
+def test_every_row_to_forget_meets_one_to_retain():
+    rows = [{"split": s, "i": i} for i, s in enumerate(["forget", "retain", "forget", "forget", "retain"])]
+    rows.append({"split": "retain", "i": 9, "eval": True})
+    found = preference.prepare(rows, PreferenceOptions(objective="unlearn"))
+    assert [(found[i]["i"], found[i]["retain"]["i"]) for i in range(len(found))] == [(0, 1), (2, 4), (3, 1)]
+    with pytest.raises(ValueError, match="0 rows to forget and 2 to retain"):
+        preference.prepare([rows[1], rows[4]], PreferenceOptions(objective="unlearn"))
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

@@ -24,6 +24,7 @@ sparsepo.py  DPO of tokens, under masks that say which count
 gdpo_belief.py  beliefs as people hold them, and DPO behind each
 mm_dpo.py    DPO whose beta grows with the gap of ratings
 npo.py       unlearning: NPO and gradient ascent
+unlearn.py   what is forgotten beside what is retained
 dft.py       fine-tuning weighted by how likely a token is
 asft.py      the same, anchored to the base model
 fsft.py      fine-tuning as an implied reward under f-divergences

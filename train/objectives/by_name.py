@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from ..data.formats import Layout
 from ..step import Advance, Term, Terms
-from . import asft, bco, cpo, d2o, dft, dpo, fsft, gdpo_belief, kto, mm_dpo, orpo, simpo, sparsepo
+from . import asft, bco, cpo, d2o, dft, dpo, fsft, gdpo_belief, kto, mm_dpo, orpo, simpo, sparsepo, unlearn
 from .preference import Sums, chosen_nll, pair_metrics, row_metrics
 from .sequences import (
     View,
@@ -240,6 +240,22 @@ def bco_carry(cfg: bco.BcoConfig) -> tuple[Any, Advance]:
     return bco.init_delta(), advance
 
 
+def unlearn_terms(
+    view: View, cfg: unlearn.UnlearnConfig, *, kl: Float[Array, "B T"] | None = None
+) -> tuple[Terms, Terms]:
+    """A row to forget, and one to retain behind it."""
+    last = view.parts - 1
+    sums = all_sums(view)
+    forgotten, kept = tuple(side(sums, i) for i in range(last)), side(sums, last)
+    terms = {f"forget_{cfg.forget}": per_example(unlearn.forget_loss(forgotten, cfg), view)}
+    retained = jnp.where(part_of(view.batch, view.parts) == last, cfg.retain_weight * view.batch.weights, 0.0)
+    if cfg.retain == "gd":
+        terms["retain_gd"] = Term(-view.policy.logp, retained, "last_token")
+    elif cfg.retain == "kld" and kl is not None:
+        terms["retain_kld"] = Term(kl, retained, "last_token")
+    return terms, measured(unlearn.unlearn_metrics(forgotten, kept, cfg), view) | _of_tokens(view)
+
+
 # ------------------------------------------------------------------------------------------------------------ tokens
 def dft_terms(view: View, cfg: dft.DftConfig) -> tuple[Terms, Terms]:
     """Every token of the completion."""
@@ -273,6 +289,10 @@ def _dpo(name: str, paper: str, **changes: Any) -> Objective:
     config = dataclasses.replace(known.config, **changes)
     rest: Any = dict(learning_rate=known.learning_rate, batch=known.batch)
     return Objective(paper, "pairs", config, dpo_terms, reads=_dpo_reads, more=soft, **rest)
+
+
+def _unlearning_reads(cfg: unlearn.UnlearnConfig) -> Reads:
+    return "kl" if cfg.retain == "kld" else "sums" if cfg.forget in ("npo", "rdpo") else "nothing"
 
 
 def _masks(cfg: sparsepo.SparsepoConfig) -> Network:
@@ -360,6 +380,16 @@ OBJECTIVES: dict[str, Objective] = {
         carry=bco_carry,
         learning_rate=5e-7,
         batch=128,
+    ),
+    "unlearn": Objective(
+        "2404.05868",
+        "unlearn",
+        unlearn.UnlearnConfig(),
+        unlearn_terms,
+        reads=_unlearning_reads,
+        parts=lambda cfg: len(unlearn.answers_of(cfg)) + 1,
+        learning_rate=1e-5,
+        batch=32,
     ),
     "dft": Objective("2508.05629", "sft", dft.DftConfig(), dft_terms, reads=lambda cfg: "nothing", parts=_one),
     "asft": Objective(

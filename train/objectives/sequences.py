@@ -97,8 +97,8 @@ def count_examples(parts: int) -> Callable[[Batch], dict[str, Int[Array, ""]]]:
     """A counting function for `make_train_step`.
 
     Returns:
-      The units of `pipeline.count_units`; `example`; `first_token`, targets that count in the first sequence of an
-      example, and `first_input`, all its positions.
+      The units of `pipeline.count_units`; `example`; `first_token` and `last_token`, targets that count in the first
+      sequence of an example and in the last, and `first_input`, all positions of the first.
     """
 
     def counts(window: Batch) -> dict[str, Int[Array, ""]]:
@@ -109,6 +109,7 @@ def count_examples(parts: int) -> Callable[[Batch], dict[str, Int[Array, ""]]]:
             "example": found["sequence"] // parts,
             "first_token": number(first & window.mask),
             "first_input": number(first),
+            "last_token": number((part_of(window, parts) == parts - 1) & window.mask),
         }
 
     return counts

@@ -1,0 +1,210 @@
+"""The child process of code_tests.py: take limits upon itself, then run one code and one test. Never imported.
+
+A script for the bare interpreter. Standard input brings one JSON object: code, test, nonce, folder, limits and whether
+they may be missing. The pipe whose number is the argument takes two answers: first a line of JSON, which guards hold
+and which limits could not be set, and at the very end the nonce, if the test came to its end.
+
+What the parent could do between fork and exec is done here, before any foreign line runs: a Python function there
+would run in a copy of a process whose other threads hold locks.
+"""
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import resource
+import struct
+import sys
+import traceback
+import types
+
+# System calls that are refused, by machine: the number by which the kernel knows the machine, and theirs. They make
+# processes, threads and sockets, signal or read other processes, and change namespaces, mounts or the kernel.
+_NEW_CALLS = (424, 425, 428, 429, 430, 434, 435, 438, 440)  # the same on all machines: pidfd_send_signal, io_uring_
+# setup, open_tree, move_mount, fsopen, pidfd_open, clone3, pidfd_getfd, process_madvise
+_CALLS = {
+    "x86_64": (
+        0xC000003E,  # fork, vfork and clone; execve, execveat; socket, connect, bind, listen; kill, tkill, tgkill, rt_
+        # sigqueueinfo, rt_tgsigqueueinfo; ptrace, process_vm_readv, _writev; setrlimit, chroot, pivot_root, mount,
+        # umount2, unshare, setns, bpf, perf_event_open, userfaultfd, open_by_handle_at, keyctl
+        (57, 58, 56, 59, 322, 41, 42, 49, 50, 62, 200, 234, 129, 297, 101, 310, 311)
+        + (160, 161, 155, 165, 166, 272, 308, 321, 298, 323, 304, 250),
+    ),
+    "aarch64": (
+        0xC00000B7,  # the same; it has no fork and no vfork
+        (220, 221, 281, 198, 203, 200, 201, 129, 130, 131, 138, 240, 117, 270, 271)
+        + (164, 51, 41, 40, 39, 97, 268, 280, 241, 282, 265, 219),
+    ),
+}
+_NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000
+_NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER = 38, 22, 2
+
+# Events of the interpreter that are refused, and which arguments of others are paths to write to.
+_REFUSED = ("subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.kill", "pty.spawn")
+_REFUSED += ("socket.", "ctypes.dlopen", "ctypes.dlsym", "resource.setrlimit", "resource.prlimit")
+_ONE_PATH = ("remove", "rmdir", "mkdir", "truncate", "chmod", "chown", "utime", "setxattr", "removexattr", "chflags")
+_PATHS = {f"os.{name}": (0,) for name in _ONE_PATH} | {"os.rename": (0, 1), "os.link": (0, 1), "os.symlink": (1,)}
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_AF_UNIX = 1
+
+
+# ----------------------------------------------------------------------------------------------------------- private
+def _main() -> None:
+    verdict, given = int(sys.argv[1]), json.loads(sys.stdin.buffer.read())
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    write, leave = os.write, os._exit  # before anybody puts something else in their place
+    guards = _call_kernel(given["folder"]) if sys.platform == "linux" else []
+    missing = _set_limits(given["limits"])
+    if _can_fork():
+        missing.append("processes")
+    sys.addaudithook(_make_hook(given["folder"]))
+    write(verdict, json.dumps({"guards": [*guards, "audit hook"], "missing": missing}).encode() + b"\n")
+    if missing and not given["allow_unsafe"]:
+        leave(1)
+    sys.argv[:] = ["code.py"]
+    try:
+        _run(given["code"], given["test"])
+    except BaseException:
+        with contextlib.suppress(BaseException):
+            traceback.print_exc()
+            sys.stdout.flush()
+        leave(1)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BaseException):
+            stream.flush()
+    write(verdict, given["nonce"].encode())
+    leave(0)
+
+
+def _run(code: str, test: str) -> None:
+    """Both as one script, so that what is run is what a response says: code with the test behind it."""
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    for name, text in (("code", code), ("test", test)):
+        exec(compile(text, f"<{name}>", "exec", dont_inherit=True), module.__dict__)
+
+
+def _set_limits(limits: dict[str, int]) -> list[str]:
+    """Names of those that cannot be set; that of processes is tried out instead."""
+    missing, extra = [], {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 64, "RLIMIT_NPROC": 0}
+    for name, value in (limits | extra).items():
+        which = getattr(resource, name, None)
+        try:
+            if which is None:
+                raise OSError
+            _, most = resource.getrlimit(which)
+            value = value if most == resource.RLIM_INFINITY else min(value, most)
+            hard = value + 1 if name == "RLIMIT_CPU" and value != most else value  # first a signal that tells why
+            resource.setrlimit(which, (value, hard))
+            held = resource.getrlimit(which) == (value, hard)
+        except (OSError, ValueError):
+            held = False
+        if not held and name in limits:
+            missing.append(name.removeprefix("RLIMIT_").lower())
+    return missing
+
+
+def _can_fork() -> bool:
+    try:
+        child = os.fork()
+    except OSError:
+        return False
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return True
+
+
+def _call_kernel(folder: str) -> list[str]:
+    """Ask Linux for what it has to offer beside limits; names of what it granted."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    offers = {"no network": _leave_network, "writes": _keep_writes, "system calls": _forbid_calls}
+    granted = []
+    for name, ask in offers.items():
+        with contextlib.suppress(AttributeError, OSError):  # an older C library; a container's own rules
+            if ask(libc, folder):
+                granted.append(name)
+    return granted
+
+
+def _leave_network(libc, _folder: str) -> bool:
+    """A network of its own, without any device that is up. The new user space also gives up what root may do."""
+    return libc.unshare(_NEW_USER | _NEW_NETWORK) == 0
+
+
+def _keep_writes(libc, folder: str) -> bool:
+    """Landlock: files are written, made and removed inside the folder alone, by whatever way they are reached."""
+    call = lambda number, *args: libc.syscall(*(ctypes.c_long(x) if type(x) is int else x for x in (number, *args)))
+    version = call(444, None, 0, 1)
+    if version < 1:
+        return False
+    to_file = 1 << 1 | (1 << 14 if version >= 3 else 0)  # write; truncate
+    rights = to_file | 0x1FF0 | (1 << 13 if version >= 2 else 0)  # remove and make of all kinds; move to elsewhere
+    ruleset = call(444, ctypes.byref(ctypes.c_uint64(rights)), 8, 0)
+    if ruleset < 0:
+        return False
+    for path, allowed in ((folder, rights), (os.devnull, to_file)):
+        at = os.open(path, os.O_PATH)
+        failed = call(445, ruleset, 1, struct.pack("=Qi", allowed, at), 0) != 0
+        os.close(at)
+        if failed:
+            return False
+    held = _no_new_privileges(libc) and call(446, ruleset, 0) == 0
+    os.close(ruleset)
+    return held
+
+
+def _forbid_calls(libc, _folder: str) -> bool:
+    """A filter of system calls, for root too, whom the limit of processes does not bind."""
+    machine, numbers = _CALLS.get(os.uname().machine, (0, ()))
+    if not numbers or ctypes.sizeof(ctypes.c_void_p) != 8:
+        return False
+    numbers += _NEW_CALLS
+    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
+    refuse = lambda i: len(numbers) + 1 - i  # lines from here to the last one
+    lines = [(load, 0, 0, 4), (equal, 1, 0, machine), (give, 0, 0, 0x80000000)]  # of another machine: kill
+    lines += [(load, 0, 0, 0), (at_least, refuse(0), 0, 0x40000000)]  # numbers of x32
+    lines += [(equal, refuse(i), 0, number) for i, number in enumerate(numbers, 1)]
+    lines += [(give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x00050000 | errno.EPERM)]
+    program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in lines))
+    pointer = struct.pack("@HP", len(lines), ctypes.addressof(program))
+    at = ctypes.c_char_p(pointer)
+    return _no_new_privileges(libc) and libc.prctl(_SET_SECCOMP, ctypes.c_ulong(_FILTER), at, 0, 0) == 0
+
+
+def _no_new_privileges(libc) -> bool:
+    none = ctypes.c_ulong(0)
+    return libc.prctl(_NO_NEW_PRIVILEGES, ctypes.c_ulong(1), none, none, none) == 0
+
+
+def _make_hook(folder: str):
+    """What the interpreter itself refuses, on every platform."""
+    realpath, fsdecode, inner, devnull = os.path.realpath, os.fsdecode, folder + os.sep, os.devnull
+
+    def inside(path) -> bool:
+        return type(path) is int or (realpath(fsdecode(path)) + os.sep).startswith(inner)
+
+    def hook(event: str, args: tuple) -> None:
+        if event == "open":
+            path, _, flags = args
+            fine = not flags & _WRITES or inside(path) or fsdecode(path) == devnull
+        elif event in _PATHS:
+            fine = all(inside(args[i]) for i in _PATHS[event])
+        elif event == "sqlite3.connect":
+            fine = args[0] in (":memory:", "") or inside(args[0])
+        elif event == "socket.__new__":
+            fine = args[1] == _AF_UNIX  # a pair of connected ones is what asyncio wakes itself by
+        else:
+            fine = not event.startswith(_REFUSED)
+        if not fine:
+            raise PermissionError(errno.EACCES, f"refused here: {event}")
+
+    return hook
+
+
+if __name__ == "__main__":
+    _main()
