@@ -23,6 +23,7 @@ SUMMARIES = {
     "value": "Train a value model, which says from any token how an answer will end.",
     "qat": "Train one int8 master that serves at 8, 6, 4 and 2 bits.",
     "preference": "Learn from preferences (DPO and its family, KTO, ORPO, SimPO ...), or fine-tune with an anchor.",
+    "curry": "Learn preferences in stages from easy to hard, each against what the one before has learned.",
     "unlearn": "Make a model forget some answers, and keep the rest of it.",
 }
 
@@ -42,6 +43,8 @@ def train_command(kind: str, args: list[str]) -> Callable[..., int]:
         return preference_command(_value_of("--objective", args) or "dpo", args)
     if kind == "unlearn":
         return preference_command("unlearn", args)
+    if kind == "curry":
+        return curry_command(args)
     recipe, config = RECIPES[kind], _value_of("--config", args)
     needed = dict.fromkeys(("model", "data", "out"), tyro.MISSING) | dict(recipe.defaults)
     default = build(RunConfig, needed | (read_settings(RunConfig, Path(config)) if config else {}))
@@ -190,6 +193,52 @@ def preference_command(name: str, args: list[str]) -> Callable[..., int]:
 
     summary = SUMMARIES["unlearn" if name == "unlearn" else "preference"]
     command.__doc__ = (command.__doc__ or "").replace("Train.", summary, 1)
+    return command
+
+
+def train_curry() -> int:
+    """Learn preferences in stages from easy to hard, each against what the one before has learned."""
+    raise AssertionError("`main` puts what `train_command` makes in this place")
+
+
+def curry_command(args: list[str]) -> Callable[..., int]:
+    """The command with all its settings; made when needed, since it imports JAX.
+
+    Args:
+      args: the command line behind its name.
+    """
+    from ..train.config import build, read_settings
+    from ..train.curry import CurryOptions, run_curry
+    from ..train.run import RunConfig
+
+    needed = dict.fromkeys(("model", "data", "out"), tyro.MISSING) | {"optimizer": {"learning_rate": 1e-6}}
+    config = _value_of("--config", args)
+    default = build(RunConfig, needed | (read_settings(RunConfig, Path(config)) if config else {}))
+
+    def command(
+        *,
+        settings: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
+        options: Annotated[CurryOptions, tyro.conf.arg(name="")] = CurryOptions(),
+        config: Path | None = None,
+    ) -> int:
+        """Train.
+
+        Args:
+          settings: of the run of each stage.
+          options: of the stages.
+          config: YAML file of settings; what is given here as well wins.
+        """
+        done, outcome = run_curry(settings, options, progress=True)
+        if outcome.finished:
+            print(f"{done} stages: wrote {settings.out / 'model'}", file=sys.stderr)
+            return 0
+        again = f"jaxaroo train curry ... --out {settings.out}"
+        print(
+            f"stopped in stage {done + 1}, step {outcome.step}; go on with the same command, {again}", file=sys.stderr
+        )
+        return 128 + (outcome.signal or 15)
+
+    command.__doc__ = (command.__doc__ or "").replace("Train.", SUMMARIES["curry"], 1)
     return command
 
 

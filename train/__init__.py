@@ -9,6 +9,7 @@ vision.py      runs of the vision models
 statistics.py  running statistics in a training state
 recipe.py      what kinds of runs there are
 preference.py  settings of preference training, and what they make of a decoder
+curry.py       preference training in stages, from easy to hard
 references.py  what the reference says of every row, written down once
 qat.py         settings of joint quantisation-aware training, and what they make of a decoder
 config.py      settings as YAML, checked
