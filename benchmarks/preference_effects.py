@@ -186,7 +186,7 @@ DEPTH, WIDTH, GROUP = 4, 3, 8
 
 
 def tempo_tree(seed: int) -> dict[str, float]:
-    """Three choices, four times; a right one behind right ones is worth a quarter. Reward around updates 30, 70 and 150.
+    """Three choices, four times; a right one behind right ones is worth a quarter. Reward about updates 30, 70, 150.
 
     TEMPO's advantages are larger where members part, so GRPO runs at twice the learning rate as well.
     """
