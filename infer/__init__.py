@@ -10,4 +10,5 @@ evaluate.py      right answers, votes and pass@k of an engine; perplexity of a m
 widths.py        what each width of a master is worth, weighs, and how fast it decodes
 step_scores.py   how good every step of a solution is, by a reward model
 step_metrics.py  how good such scores are: AUROC, first errors, calibration
+membership.py    whether a text was in the training data: probes of hidden states, and simpler ways
 """

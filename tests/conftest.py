@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Before jax is imported, and for the child processes of tests too. Eight devices everywhere, because a process has to
 # choose once and it is almost free: on two cores a small jitted step took 66 us instead of 61, compiling the same.
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXAROO_TEST_PLATFORM", "cpu")
-# LLVM's passes cost more than they bring to programs that run a few times: five files of tests took 155 s instead of 245.
+# LLVM's passes cost more than they bring to programs that run a few times: five files took 155 s instead of 245.
 # What XLA itself does to a program stays. JAXAROO_TEST_OPTIMISED=1 compiles as users do.
 FLAGS = "--xla_force_host_platform_device_count=8"
 if not os.environ.get("JAXAROO_TEST_OPTIMISED"):
