@@ -37,8 +37,8 @@ def main() -> None:
     opts = args.parse_args()
     settings = f"""
         --algorithm {opts.algorithm} --steps {opts.steps} --groups {opts.groups} --samples {opts.samples}
-        --seed {opts.seed} --max-new-tokens 64 --max-length 128 --max-seqs {opts.groups * opts.samples} --checkpoint.every 100
-        --optimizer.learning-rate {opts.learning_rate} --optimizer.warmup-steps 10
+        --seed {opts.seed} --max-new-tokens 64 --max-length 128 --max-seqs {opts.groups * opts.samples}
+        --checkpoint.every 100 --optimizer.learning-rate {opts.learning_rate} --optimizer.warmup-steps 10
     """.split()
     result: dict[str, Any] = {"benchmark": "grpo_arithmetic", "settings": settings, "sft_steps": opts.sft_steps}
     result |= {"environment": record.environment()}

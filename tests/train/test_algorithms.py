@@ -33,13 +33,13 @@ CFG = DecoderConfig(
     vocab_size=12, embed_dim=8, ffn_dim=12, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, tie_embeddings=True
 )
 LONGEST, TEMPERATURE, WEIGHT = 6, 1.3, 0.3
-# Two problems, three answers each. Of the first group two answers share two tokens; the last answer has no reward.
+# Two problems, three answers each. Of the first group two answers share two tokens; the fourth answer has no reward.
 PROMPTS = [[3, 4, 5], [7, 6]]
-TEXTS = [[[8, 9, 1, 2], [8, 9, 2], [10, 2]], [[4, 4, 4, 4, 4, 4], [4, 2], [5, 2]]]
+TEXTS = [[[8, 9, 1, 2], [8, 9, 2], [10, 2]], [[4, 2], [4, 4, 4, 4, 4, 4], [5, 2]]]
 ANSWERS = [Sampled(p, a, a[-1] == 2) for p, group in zip(PROMPTS, TEXTS, strict=True) for a in group]
-REWARDS = np.array([[[1.0, 0.0, 0.25], [0.0, 1.0, np.nan]]], np.float32)
+REWARDS = np.array([[[1.0, 0.0, 0.25], [np.nan, 0.0, 1.0]]], np.float32)
 SECOND = np.array([[[0.5, 0.9, 0.1], [0.3, 0.2, 0.6]]], np.float32)
-LIVE = [0, 1, 2, 3, 4]  # of the answers
+LIVE = [0, 1, 2, 4, 5]  # of the answers
 MULTIPLIERS = Multipliers(jnp.asarray([0.4, -0.7]), jnp.zeros(2))
 
 

@@ -1,0 +1,244 @@
+"""`jaxaroo train rl`: a policy answers, its answers are rewarded, and it learns from them."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from .output import UsageError
+from .rounds import answered, read_problems
+
+SUMMARIES = {"rl": "Train a policy on rewards of its own answers (GRPO, PPO, RLOO, TEMPO ...)."}
+
+
+def rl_command(args: list[str]) -> Callable[..., int]:
+    """The command with all its settings, those of `--config` as defaults; made when needed, since it imports JAX.
+
+    Args:
+      args: the command line behind its name.
+    """
+    from ..train.algorithms import RlOptions
+    from ..train.config import build, read_settings
+    from ..train.rl import RlConfig
+    from .train import _value_of
+
+    config = _value_of("--config", args)
+    needed: dict[str, Any] = dict.fromkeys(("model", "data", "out"), tyro.MISSING)
+    default = build(RlConfig, needed | (read_settings(RlConfig, Path(config)) if config else {}))
+
+    def command(
+        *,
+        settings: Annotated[RlConfig, tyro.conf.arg(name="")] = default,
+        options: Annotated[RlOptions, tyro.conf.arg(name="")] = RlOptions(),
+        config: Path | None = None,
+    ) -> int:
+        """Train.
+
+        Args:
+          settings: of the run.
+          options: the algorithm and its rewards.
+          config: YAML file of settings of the run; what is given here as well wins.
+        """
+        return _go(settings, options)
+
+    command.__doc__ = (command.__doc__ or "").replace("Train.", SUMMARIES["rl"], 1)
+    return command
+
+
+def train_rl() -> int:
+    """Train a policy on rewards of its own answers (GRPO, PPO, RLOO, TEMPO ...)."""
+    raise AssertionError("`main` puts what `rl_command` makes in this place")
+
+
+def make_online(settings: Any, options: Any) -> Any:
+    """Problems, the decode engine as sampler, rewards and evaluation, for `train.rl.run_rl`.
+
+    The engine is made at the first call and takes new weights at every further one. Each problem of a step has a seed
+    of its own, made of the run's, the step and the problem; its answers are that seed's samples.
+
+    Args:
+      settings: `train.rl.RlConfig`.
+      options: `train.algorithms.RlOptions`; each of its rewards becomes a function.
+    """
+    from ..infer.engine import Engine
+    from ..infer.sampling import Sampling
+    from ..train.labels.monte_carlo import step_seed
+    from ..train.rl import Online, read_origin
+    from ..train.rollouts import Sampled
+
+    tokenizer = read_origin(settings).tokenizer
+    size, read = read_problems(settings.data, settings.arithmetic)
+    tests = _tests(settings)
+    if any(name in ("outcome", "truthrl") for name in options.reward) and size is not None:
+        _need_answers(settings.data, [read(i) for i in range(size)])
+    if size is not None:  # for a run that ends at step 300 could not be gone on with
+        _check_lengths(settings, tokenizer, settings.data, [read(i) for i in range(size)])
+    _check_lengths(settings, tokenizer, settings.test, tests)
+    engines: list[Engine] = []
+
+    def serve(policy: Any) -> Engine:
+        if engines:
+            engines[0].update_weights(policy.params)
+        else:
+            sizes: Any = dict(max_len=settings.max_length, max_seqs=settings.max_seqs)
+            engines.append(Engine(policy, tokenizer, logprobs_mode="processed", **sizes))
+        return engines[0]
+
+    def sample(policy: Any, problems: Sequence[Mapping[str, Any]], step: int) -> list[list[Sampled]]:
+        ask: Any = dict(n=settings.samples, temperature=settings.temperature, max_tokens=settings.max_new_tokens)
+        seeds = [step_seed(settings.seed, f"{i}:{problem['id']}", step) for i, problem in enumerate(problems)]
+        each = [Sampling(**ask, seed=seed, logprobs=0) for seed in seeds]
+        results = serve(policy).generate([p["prompt"] for p in problems], each, raise_on_error=True)
+        return [
+            [
+                Sampled(
+                    result.prompt_token_ids,
+                    o.token_ids,
+                    o.finish_reason == "stop",
+                    o.text or "",
+                    [p.logprob for p in o.logprobs or ()],
+                )
+                for o in result.outputs
+            ]
+            for result in results
+        ]
+
+    def measure(policy: Any) -> dict[str, float]:
+        greedy = Sampling(temperature=0.0, max_tokens=settings.max_new_tokens)
+        results = serve(policy).generate([t["prompt"] for t in tests], greedy, raise_on_error=True)
+        rows = [
+            answered(test, [o.text or "" for o in result.outputs], [o.finish_reason for o in result.outputs])
+            for test, result in zip(tests, results, strict=True)
+        ]
+        return {"greedy_accuracy": sum(row["outcomes"][0] for row in rows) / len(rows)}
+
+    rewards = [make_reward(name, settings, options) for name in options.reward]
+    return Online(size, read, sample, rewards, measure if tests else None)
+
+
+def make_reward(name: str, settings: Any, options: Any) -> Callable[..., list[list[float | None]]]:
+    """A reward by its name: `outcome`, `truthrl`, or the folder of a reward model.
+
+    What a reward model is not asked about, an answer that was cut or has no final answer, is worth 0; what is too long
+    for it has no reward.
+    """
+    if name == "outcome":
+        return lambda problems, answers: [
+            [float(outcome or 0) for outcome in row["outcomes"]] for row in _judged(problems, answers)
+        ]
+    if name == "truthrl":
+        return lambda problems, answers: _truthrl(problems, answers, options.abstention)
+    from ..models import reward
+
+    if not reward.is_reward_model(name):
+        raise ValueError(f"train rl: {name} is no reward model; expected the folder of one, outcome or truthrl.")
+    return _Scores(Path(name), settings.dtype, options.aggregate, options.score_batch)
+
+
+# ----------------------------------------------------------------------------------------------------------- private
+class _Scores:
+    """Rewards by a reward model, which is read when it is first asked."""
+
+    def __init__(self, folder: Path, dtype: Any, aggregate: str, batch: int):
+        self.folder, self.dtype, self.aggregate, self.batch = folder, dtype, aggregate, batch
+        self.loaded: Any = None
+
+    def __call__(self, problems: Sequence[Any], answers: Sequence[Any]) -> list[list[float | None]]:
+        from ..infer.guided.best_of_n import aggregate
+        from ..infer.step_scores import Solution, score_solutions
+        from ..models.reward import load, render_steps
+        from ..models.tokenizer import load_tokenizer
+        from ..train.data.steps import split_steps
+
+        if self.loaded is None:
+            self.loaded = load(self.folder, dtype=self.dtype), load_tokenizer(self.folder)
+        model, tokenizer = self.loaded
+        most, found, asked = model.config.target.max_positions, [], []
+        for row in _judged(problems, answers):
+            found.append([])
+            for text, whole in zip(row["texts"], row["whole"], strict=True):
+                steps = [text[a:b] for a, b in split_steps(text)] if whole else []
+                long = len(render_steps(tokenizer, row["prompt"], steps, model.config.text)[0]) > most
+                found[-1].append(None if long else 0.0)
+                if steps and not long:
+                    asked.append((len(found) - 1, len(found[-1]) - 1, Solution(row["prompt"], steps)))
+        scores = score_solutions(model, tokenizer, [solution for *_, solution in asked], batch=self.batch)
+        for (group, member, _), each in zip(asked, scores, strict=True):
+            found[group][member] = aggregate(each, self.aggregate)  # type: ignore[arg-type]
+        return found
+
+
+def _judged(problems: Sequence[Mapping[str, Any]], answers: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+    """Which answers are whole, and which right."""
+    reasons = lambda each: ["stop" if a.ended else "length" for a in each]
+    return [
+        answered(dict(problem), [a.text for a in each], reasons(each))
+        for problem, each in zip(problems, answers, strict=True)
+    ]
+
+
+def _truthrl(problems: Any, answers: Any, abstention: str) -> list[list[float | None]]:
+    """An answer that says it does not know is neither right nor wrong, whatever else it says."""
+    from ..train.rewards.truthrl import truthrl
+
+    found, said = [], abstention.strip().casefold()
+    for row, each in zip(_judged(problems, answers), answers, strict=True):
+        verdicts = []
+        for answer, right in zip(each, row["outcomes"], strict=True):
+            lines = answer.text.strip().casefold().splitlines()
+            abstained = answer.ended and bool(lines) and said in lines[-1]
+            verdicts.append("abstained" if abstained else "right" if right else "wrong")
+        found.append(truthrl(verdicts).tolist())
+    return found
+
+
+def _tests(settings: Any) -> list[dict[str, Any]]:
+    """Problems of evaluations; none if there are to be none."""
+    if not settings.evaluate_every or not settings.tested:
+        return []
+    if settings.test is None and settings.data != "builtin:arithmetic":
+        raise UsageError("train rl: --evaluate-every without --test; expected a file of problems to measure by.")
+    size, read = read_problems(settings.test or settings.data, settings.arithmetic, "test")
+    rows = [read(i) for i in range(settings.tested if size is None else min(settings.tested, size))]
+    _need_answers(settings.test, rows)
+    return rows
+
+
+def _need_answers(data: str | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    if (missing := next((i for i, row in enumerate(rows) if "answer" not in row), None)) is not None:
+        raise ValueError(f"train rl: row {missing} of {data} has no `answer`; expected one in every row.")
+
+
+def _check_lengths(settings: Any, tokenizer: Any, data: str | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    """That a prompt and its answer fit."""
+    most = settings.max_length - settings.max_new_tokens
+    for i, row in enumerate(rows):
+        prompt = row["prompt"]
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+        if len(ids) > most:
+            raise ValueError(
+                f"train rl: row {i} of {data} has a prompt of {len(ids)} tokens; expected at most {most}, to leave "
+                f"{settings.max_new_tokens} for an answer. Raise --max-length, lower --max-new-tokens, or leave it out."
+            )
+
+
+def _go(settings: Any, options: Any) -> int:
+    import dataclasses
+
+    from ..train.rl import resolve, run_rl
+
+    absolute = lambda name: name if name in ("outcome", "truthrl") else str(Path(name).absolute())
+    settings = resolve(settings)
+    options = dataclasses.replace(options, reward=tuple(map(absolute, options.reward)))
+    outcome = run_rl(settings, options, make_online(settings, options), progress=True)
+    if outcome.finished:
+        print(
+            f"step {outcome.step}: wrote {settings.out / 'model'}, curve in {settings.out / 'reward.png'}",
+            file=sys.stderr,
+        )
+        return 0
+    same = f"jaxaroo train rl ... --out {settings.out}"
+    print(f"stopped at step {outcome.step}; go on with the same command, {same}", file=sys.stderr)
+    return 128 + (outcome.signal or 15)
