@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from . import bench, bits, evaluate, files, generate, label, quickstart, rounds, train, vision
+from . import bench, bits, data, evaluate, files, generate, label, membership, quickstart, rl, rounds, train, vision
 from .output import UsageError
 
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
@@ -30,11 +30,20 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train orm": train.train_orm,
     "train value": train.train_value,
     "train qat": train.train_qat,
+    "train preference": train.train_preference,
+    "train curry": train.train_curry,
+    "train unlearn": train.train_unlearn,
+    "train rl": rl.train_rl,
     "train ranked": rounds.train_ranked,
     "train value-rounds": rounds.train_value_rounds,
     "train resnet20": vision.train_resnet20,
     "train ghostnet": vision.train_ghostnet,
     "train resume": train.train_resume,
+    "data code-pairs": data.data_code_pairs,
+    "data curry": data.data_curry,
+    "data nauf": data.data_nauf,
+    "data dualformer": data.data_dualformer,
+    "data mix": data.data_mix,
     "label sample": label.label_sample,
     "label steps": label.label_steps,
     "label agree": label.label_agree,
@@ -43,6 +52,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "eval lm": evaluate.eval_lm,
     "eval answers": evaluate.eval_answers,
     "eval bits": bits.eval_bits,
+    "eval membership": membership.eval_membership,
     "eval prm": evaluate.eval_prm,
     "eval best-of-n": evaluate.eval_best_of_n,
     "bench speculative": bench.bench_speculative,
@@ -60,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         kind = name.removeprefix("train ")
         if name in commands and kind in train.SUMMARIES:
             commands[name] = train.train_command(kind, args[2:])
+        elif name in commands and kind in rl.SUMMARIES:
+            commands[name] = rl.rl_command(args[2:])
         elif name in commands and kind in rounds.SUMMARIES:
             commands[name] = rounds.rounds_command(kind)
         elif name in commands and kind in vision.SUMMARIES:

@@ -376,9 +376,11 @@ def test_answers_are_forgotten_and_others_are_not(base, tmp_path, given):
 
 def test_every_row_to_forget_meets_one_to_retain():
     rows = [{"split": s, "i": i} for i, s in enumerate(["forget", "retain", "forget", "forget", "retain"])]
-    rows.append({"split": "retain", "i": 9, "eval": True})
+    rows += [{"split": split, "i": 9, "eval": True} for split in ("retain", "forget")]
     found = preference.prepare(rows, PreferenceOptions(objective="unlearn"))
     assert [(found[i]["i"], found[i]["retain"]["i"]) for i in range(len(found))] == [(0, 1), (2, 4), (3, 1)]
+    fewer = preference.prepare([rows[0], *rows[4:], rows[1]], PreferenceOptions(objective="unlearn"))
+    assert [(fewer[i]["i"], fewer[i]["retain"]["i"]) for i in range(len(fewer))] == [(0, 4), (0, 1)]
     with pytest.raises(ValueError, match="0 rows to forget and 2 to retain"):
         preference.prepare([rows[1], rows[4]], PreferenceOptions(objective="unlearn"))
 

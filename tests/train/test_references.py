@@ -59,6 +59,22 @@ def test_sums_are_those_of_each_sequence_alone(filled):
     assert rows[3]["i"] == 3
 
 
+def test_rows_are_cut_from_the_end_that_the_batches_keep(filled, mesh, tmp_path):
+    def last(row):
+        cut = (Encoded(e.ids[-60:], e.scored[-60:]) for e in encode(row))
+        return tuple(e._replace(scored=e.scored & (np.arange(len(e.ids)) > 0)) for e in cut)
+
+    ending = dataclasses.replace(SOURCE, batch=dataclasses.replace(SOURCE.batch, truncation="keep_end"))
+    found = []
+    for name, of, source in (("a", encode, ending), ("b", last, SOURCE)):
+        rows = Referenced(ROWS[:4], of, source)
+        with jax.set_mesh(mesh):
+            rows.fill(tmp_path / f"{name}.npz", lambda: PARAMS, mesh)
+        found.append([rows[i][COLUMN] for i in range(4)])
+    np.testing.assert_allclose(*found, rtol=1e-6)
+    assert found[0] != [filled[0][i][COLUMN] for i in range(4)]
+
+
 def test_what_is_written_is_read_and_nothing_is_scored_again(filled, mesh):
     rows, path = filled
     again = Referenced(ROWS, encode, SOURCE)
@@ -110,6 +126,20 @@ def test_a_file_that_is_damaged_or_of_other_rows_is_refused(filled, mesh, tmp_pa
         with pytest.raises(OtherReferenceError, match="cannot be read"):
             Referenced(ROWS, encode, SOURCE).fill(cut, lambda: PARAMS, mesh)
     del rows
+
+
+def test_a_write_that_is_cut_short_leaves_no_file(mesh, tmp_path, monkeypatch):
+    def full(file, **arrays):
+        file.write(b"some")
+        raise OSError("no space left")
+
+    rows = Referenced(ROWS, encode, SOURCE)
+    with monkeypatch.context() as changed:
+        changed.setattr("jaxaroo.train.references._score", lambda sequences, *_: np.zeros(len(sequences)))
+        changed.setattr(np, "savez", full)
+        with pytest.raises(OSError, match="no space left"):
+            rows.fill(tmp_path / "reference.npz", dict, mesh)
+    assert not (tmp_path / "reference.npz").exists()
 
 
 def test_a_digest_is_of_settings_and_weights(tmp_path):

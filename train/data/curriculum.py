@@ -15,9 +15,9 @@ Mixtures hold numbers of rows, not rows: what stands at a place follows from the
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -74,9 +74,7 @@ def curry_pairs(row: Mapping[str, Any], key: str = "rating") -> list[Row]:
     return pairs
 
 
-def curry_stages(
-    rows: Sequence[Mapping[str, Any]], stages: int | None = None, key: str = "rating"
-) -> list[list[Row]]:
+def curry_stages(rows: Sequence[Mapping[str, Any]], stages: int | None = None, key: str = "rating") -> list[list[Row]]:
     """Rows of every stage: the i-th pair of all prompts that have so many.
 
     Args:
@@ -157,10 +155,11 @@ def mixture(
 # ----------------------------------------------------------------------------------------------------------- private
 def _apportion(weights: Sequence[float], number: int) -> list[int]:
     """Whole shares that add up; the largest remainders are rounded up, of equal ones the first."""
-    exact = [number * (w / sum(weights)) for w in weights]
+    total = sum(map(Fraction, weights))
+    exact = [number * Fraction(w) / total for w in weights]
     counts = [math.floor(x) for x in exact]
-    order = sorted((i for i, w in enumerate(weights) if w), key=lambda i: counts[i] - exact[i])
-    for i in itertools.islice(itertools.cycle(order), number - sum(counts)):
+    order = sorted(range(len(weights)), key=lambda i: counts[i] - exact[i])
+    for i in order[: number - sum(counts)]:
         counts[i] += 1
     return counts
 

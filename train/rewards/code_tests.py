@@ -148,7 +148,7 @@ def run_tests(
         raise ValueError(f"run_tests: found workers={workers}; expected at least 1.")
     cells, flat = list(itertools.product(codes, tests)), []
     with ThreadPoolExecutor(workers) as pool:
-        outcomes = pool.map(lambda cell: run_test(*cell, limits), cells)
+        outcomes = pool.map(lambda cell: run_test(cell[0], cell[1], limits), cells)
         for outcome in tqdm(outcomes, "run", len(cells), unit=" runs", disable=None if progress else True):
             flat.append(int(outcome.passed))
     return [flat[j * len(tests) : (j + 1) * len(tests)] for j in range(len(codes))]
@@ -164,9 +164,7 @@ def _resources(limits: CodeLimits) -> dict[str, int]:
     }
 
 
-def _listen(
-    process: subprocess.Popen, verdict: int, number: int, limits: CodeLimits
-) -> tuple[bytes, bytes, bool]:
+def _listen(process: subprocess.Popen, verdict: int, number: int, limits: CodeLimits) -> tuple[bytes, bytes, bool]:
     """What came on the pipe until a verdict can be told, what was printed, and whether it was in time."""
     assert process.stdout is not None
     out, said, kept = process.stdout.fileno(), bytearray(), bytearray()

@@ -25,7 +25,7 @@ def example(i, parts):
     rng = np.random.default_rng([i, parts])
     found = []
     for _ in range(parts):
-        prompt, answer = rng.integers(1, 4), rng.integers(1, 5)
+        prompt, answer = rng.integers(0, 4), rng.integers(1, 5)  # targets: none is the prompt's if that is one token
         length = prompt + answer
         logp, reference = -rng.exponential(1.5, (2, length)) - 0.05
         found.append((logp, reference, -rng.exponential(1, length), np.arange(length) >= prompt))
@@ -230,6 +230,23 @@ def test_orpo_adds_the_likelihood_of_prompt_and_answer(prompt):
         nll, tokens = nll - weight(i) * kept.sum(), tokens + len(kept)
     np.testing.assert_allclose(metrics["nll"], nll / tokens, rtol=1e-5)
     np.testing.assert_allclose(value, mean(each) + nll / tokens, rtol=1e-5)
+    first = np.mean([example(i, 2)[0][0][example(i, 2)[0][3]].mean() for i in range(N)])
+    np.testing.assert_allclose(metrics["rewards/chosen"], 0.1 * first, rtol=1e-4)
+
+
+def test_simpo_and_cpo_count_the_likelihood_of_chosen_answers_by_their_tokens():
+    pairs = [totals(i, 2) for i in range(N)]
+    P, n = (np.array([[side[k] for side in pair] for pair in pairs]) for k in (0, 2))
+    nll = sum(-weight(i) * P[i, 0] for i in range(N)) / n[:, 0].sum()
+    cfg = dataclasses.replace(OBJECTIVES["simpo"].config, beta=3.0, nll=0.7)
+    value, metrics, _ = evaluate("simpo", *window(2, 2)[:2], cfg)
+    a = P / n
+    np.testing.assert_allclose(value, mean(sp(-3.0 * (a[:, 0] - a[:, 1] - 0.5))) + 0.7 * nll, rtol=1e-5)
+    np.testing.assert_allclose(metrics["rewards/rejected"], 3.0 * a[:, 1].mean(), rtol=1e-4)
+    cfg = dataclasses.replace(OBJECTIVES["cpo"].config, beta=0.2, alpha=0.6)
+    value, metrics, _ = evaluate("cpo", *window(2, 2)[:2], cfg)
+    np.testing.assert_allclose(value, mean(sp(-0.2 * (P[:, 0] - P[:, 1]))) + 0.6 * nll, rtol=1e-5)
+    np.testing.assert_allclose(metrics["rewards/rejected"], 0.2 * P[:, 1].mean(), rtol=1e-4)
 
 
 def test_kto_holds_rows_against_answers_to_other_prompts():
@@ -283,10 +300,12 @@ def test_bco_shifts_by_the_mean_of_all_rows_before():
 
 def test_d2o_holds_its_own_samples_against_the_bad_answer():
     cfg = dataclasses.replace(OBJECTIVES["d2o"].config, samples=2, alpha=0.3)
-    value, _, _ = evaluate("d2o", *window(3, 1)[:2], cfg)
+    value, metrics, _ = evaluate("d2o", *window(3, 1)[:2], cfg)
     r = np.array([[p - f for p, f, _ in totals(i, 3)] for i in range(N)])
     u = 0.1 * r[:, :2].mean(1) - 0.3 * r[:, 2]
     np.testing.assert_allclose(value, mean(sp(-u)), rtol=1e-5)
+    np.testing.assert_allclose(metrics["rewards/rejected"], 0.3 * r[:, 2].mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["kl/k1_own"], r[:, :2].mean(), rtol=1e-4, atol=1e-6)
     one = dataclasses.replace(cfg, samples=1, alpha=0.1)
     as_dpo = evaluate("dpo", *window(2, 1)[:2], DpoConfig())
     np.testing.assert_allclose(evaluate("d2o", *window(2, 1)[:2], one)[0], as_dpo[0], rtol=1e-6)

@@ -109,6 +109,7 @@ def test_units_are_counted_over_the_window():
     assert found["token"] == sum(e.scored[1:].sum() for e in each)
     assert found["first_token"] == sum(e.scored[1:].sum() for e in each[::2])
     assert found["first_input"] == sum(len(e.ids) - 1 for e in each[::2])
+    assert found["last_token"] == sum(e.scored[1:].sum() for e in each[1::2]) != found["first_token"]
 
 
 def test_a_view_gives_sums_of_the_model_that_ran_or_of_what_rows_brought():

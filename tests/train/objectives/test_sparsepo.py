@@ -87,10 +87,21 @@ def test_learned_masks_are_those_of_a_loop():
         assert jax.tree.structure(mask_axes(cfg), is_leaf=lambda x: isinstance(x, tuple)) == jax.tree.structure(nets)
 
 
+def test_linear_units_begin_as_pytorchs_and_every_network_as_its_own():
+    nets = init_masks(60, 500, jax.random.key(3), SparsepoConfig(networks="independent"))
+    for net in nets.values():
+        for name, inputs in (("unit", 500), ("unit_bias", 500), ("mixer", 60)):
+            most = 1 / np.sqrt(inputs)
+            np.testing.assert_allclose([net[name].min(), net[name].max()], [-most, most], rtol=0.2)
+            assert np.abs(net[name]).max() <= most
+    assert (nets["u"]["unit"] != nets["d"]["unit"]).mean() > 0.9
+
+
 def test_activation_masks_go_from_0_to_1_in_every_answer():
-    got = np.asarray(activation_mask(STATES, BATCH), np.float64)
+    states = (STATES[0] - 30, *STATES[1:])  # of either sign
+    got = np.asarray(activation_mask(states, BATCH), np.float64)
     wanted = np.zeros((B, T))
-    for x in STATES:
+    for x in states:
         for row, at in answers():
             mean = np.asarray(x[row], np.float64).mean(-1)[at]
             z = (mean - mean.mean()) / (mean.std() + 1e-12)  # standard units change nothing
@@ -109,28 +120,32 @@ def scores(logp, states=()):
 
 def test_terms_are_those_of_a_loop_and_nothing_reaches_the_reference():
     logp, reference, kl = (jnp.asarray(RNG.normal(-1, 0.5, (B, T)), jnp.float32) for _ in range(3))
-    cfg = SparsepoConfig(beta=0.5, l1_u=0.03, l1_d=0.02)
+    cfg = SparsepoConfig(beta=0.5, l1_u=0.03, l1_d=0.02, networks="independent")
     nets = jax.tree.map(lambda x: x + 0.1, init_masks(L, D, jax.random.key(2), cfg))
-    m = np.asarray(masks_of(STATES, BATCH, nets, cfg)[0], np.float64)
+    m_u, m_d = (np.asarray(m, np.float64) for m in masks_of(STATES, BATCH, nets, cfg))
 
     def loss(logp, reference, states, kl, nets):
         view = View(BATCH, 2, scores(logp), scores(reference, states))
-        terms, _ = sparsepo_terms(view, cfg, kl=kl, network=nets)
-        term = terms["sparsepo"]
-        return jnp.sum(term.value * term.weight)
+        terms, metrics = sparsepo_terms(view, cfg, kl=kl, network=nets)
+        total = lambda term: jnp.sum(term.value * term.weight)
+        return total(terms["sparsepo"]), {name: total(term) for name, term in metrics.items()}
 
     wanted, sides = 0.0, list(answers())
     for w, l in zip(sides[::2], sides[1::2], strict=True):
         u, k, size = [], [], 0.0
         for row, at in (w, l):
             ratio = np.asarray(logp - reference, np.float64)[row, at]
-            u.append((m[row, at] * ratio).sum())
-            k.append((m[row, at] * np.asarray(kl, np.float64)[row, at]).sum())
-            size += m[row, at].sum()
-        wanted += 2.0 * (sp(-0.5 * (u[0] - u[1] + k[0] - k[1])) + 0.05 * size)
+            u.append((m_u[row, at] * ratio).sum())
+            k.append((m_d[row, at] * np.asarray(kl, np.float64)[row, at]).sum())
+            size += 0.03 * m_u[row, at].sum() + 0.02 * m_d[row, at].sum()
+        wanted += 2.0 * (sp(-0.5 * (u[0] - u[1] + k[0] - k[1])) + size)
     args = (logp, reference, STATES, kl, nets)
-    np.testing.assert_allclose(loss(*args), wanted, rtol=1e-5)
-    grads = jax.grad(loss, argnums=(0, 2, 3, 4))(*args)
+    grads, _ = jax.grad(loss, argnums=(0, 2, 3, 4), has_aux=True)(*args)
+    value, metrics = loss(*args)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    sparse = [(m[MASK] == 0).sum() for m in (m_u, m_d)]
+    assert sparse[0] != sparse[1]
+    assert [float(metrics[f"mask/sparsity_{of}"]) for of in "ud"] == sparse
     assert all(np.abs(g).max() > 1e-6 for g in jax.tree.leaves((grads[0], grads[2], grads[3]["u"]["unit"])))
     assert not any(np.asarray(g).any() for g in grads[1])  # states of the reference
 

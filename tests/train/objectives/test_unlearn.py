@@ -1,12 +1,14 @@
 """Oracles: float64 NumPy over rows to forget and rows to retain; gradients in closed form."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxaroo.train.data.pipeline import Batch
-from jaxaroo.train.objectives.by_name import unlearn_terms
+from jaxaroo.train.objectives.by_name import OBJECTIVES, unlearn_terms
 from jaxaroo.train.objectives.logprobs import Scores
 from jaxaroo.train.objectives.preference import Sums
 from jaxaroo.train.objectives.sequences import View
@@ -20,15 +22,15 @@ sums = lambda p, f, n: Sums(*(jnp.asarray(x, jnp.float32) for x in (p, f, n)))
 
 KNOWN = {  # loss, and its slope in the sums of each sequence
     "ga": (P / N, [1 / N]),
-    "npo": (20 * sp(0.1 * (P - F)), [2 * S(0.1 * (P - F))]),
+    "npo": (2 / 0.3 * sp(0.3 * (P - F)), [2 * S(0.3 * (P - F))]),
     "rgd": (-Q / M, [-1 / M]),
-    "rdpo": (sp(-0.1 * ((Q - G) - (P - F))), [-0.1 * S(-0.1 * (Q - G - P + F)), 0.1 * S(-0.1 * (Q - G - P + F))]),
+    "rdpo": (sp(-0.3 * ((Q - G) - (P - F))), [-0.3 * S(-0.3 * (Q - G - P + F)), 0.3 * S(-0.3 * (Q - G - P + F))]),
 }
 
 
 @pytest.mark.parametrize("how", KNOWN)
 def test_what_is_forgotten_costs_what_the_papers_say(how):
-    cfg = UnlearnConfig(forget=how)
+    cfg = UnlearnConfig(forget=how, beta=0.3)
     of = {"answer": (P, F, N), "refusal": (Q, G, M)}
     given = tuple(sums(*of[name]) for name in answers_of(cfg))
     value, slopes = KNOWN[how]
@@ -39,6 +41,10 @@ def test_what_is_forgotten_costs_what_the_papers_say(how):
         np.testing.assert_allclose(slope, wanted, rtol=1e-5)
     found = unlearn_metrics(given, sums(P, F, N), cfg)
     np.testing.assert_allclose(found["logps_avg/retain"], P / N, rtol=1e-6)
+    for name in answers_of(cfg):
+        np.testing.assert_allclose(found[f"logps_avg/{name}"], of[name][0] / of[name][2], rtol=1e-6)
+    assert OBJECTIVES["unlearn"].reads(dataclasses.replace(cfg, retain="kld")) == "kl"
+    assert OBJECTIVES["unlearn"].reads(cfg) == ("sums" if how in ("npo", "rdpo") else "nothing")
     assert found.keys() == {"logps_avg/retain", *(f"logps_avg/{name}" for name in answers_of(cfg))}
 
 
