@@ -1,5 +1,6 @@
 """`jaxaroo train rl`: the decode engine samples, rewards of every kind, and a run that ends as if never stopped."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -172,6 +173,8 @@ def test_the_trainer_says_of_sampled_tokens_what_the_sampler_said(home, tmp_path
     )
     eos = load_tokenizer(model).eos_ids
     assert all(a.ended == (a.answer[-1] in eos) for a in found)
+    short = make_online(dataclasses.replace(cfg, max_new_tokens=1), RlOptions()).sample(policy, problems, 3)
+    assert not any(a.ended for each in short for a in each)  # cut in front of its end
     ids = [a.answer for a in found]
     assert len({tuple(a) for a in ids}) > 3
     assert ids[4:8] != ids[8:]  # the same problem twice in a step has other answers

@@ -9,10 +9,11 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxaroo.models import hf
-from jaxaroo.models.decoder import DecoderConfig, Model, init_params, stack_layers
+from jaxaroo.models.decoder import DecoderConfig, Model, init_params, logits, stack_layers
 from jaxaroo.models.lora import LoraConfig
 from jaxaroo.models.tokenizer import byte_tokenizer
 from jaxaroo.sharding.rules import REPLICATED
@@ -22,14 +23,20 @@ from jaxaroo.train.data.pipeline import BatchConfig, Batches
 from jaxaroo.train.data.tokenise import Encoded
 from jaxaroo.train.metrics import read_records
 from jaxaroo.train.objectives.bco import BcoConfig
+from jaxaroo.train.objectives.by_name import sparsepo_terms
+from jaxaroo.train.objectives.d2o import D2oConfig
 from jaxaroo.train.objectives.dpo import DpoConfig
 from jaxaroo.train.objectives.kto import KtoConfig
-from jaxaroo.train.objectives.sparsepo import SparsepoConfig
+from jaxaroo.train.objectives.logprobs import score_targets
+from jaxaroo.train.objectives.sequences import View
+from jaxaroo.train.objectives.sparsepo import SparsepoConfig, activation_mask
 from jaxaroo.train.objectives.unlearn import UnlearnConfig
 from jaxaroo.train.optimizer import OptimizerConfig
 from jaxaroo.train.preference import PreferenceOptions, make_loss, with_settings
 from jaxaroo.train.recipe import RECIPES
 from jaxaroo.train.run import RunConfig, read_run, resume, start
+from jaxaroo.train.state import init_state
+from jaxaroo.train.step import Term, make_train_step
 
 CFG = DecoderConfig(
     vocab_size=byte_tokenizer().vocab_size,
@@ -173,6 +180,145 @@ def test_losses_from_the_weights_of_checkpoints_are_those_that_trl_printed(golde
             np.testing.assert_allclose(got[f"rewards/{key}"], found[f"rewards_{key}"], rtol=1e-3, atol=1e-5)
 
 
+# ------------------------------------------------------------------------------------------------------- rows to tokens
+TOKENS = byte_tokenizer()
+
+
+def encoded(row, objective, config=None, reference="auto"):
+    """Of each sequence the text that is learned, the text before it, and the numbers, of which all tokens have one."""
+    options = PreferenceOptions(objective=objective, reference=reference)
+    options = options if config is None else with_settings(options, config)
+    found = preference.encoder(TOKENS, options)(row)
+    names = preference.number_names(options)
+    assert all({*(e.more or {})} == {*names} for e in found)
+    assert all(len(e.more[name]) == len(e.ids) for e in found for name in names)
+    bare = preference.bare_encoder(TOKENS, options)(row)
+    assert [e.ids.tolist() for e in bare] == [e.ids.tolist() for e in found]
+    one = lambda x: x[0] if (x == x[0]).all() else x
+    return (
+        [TOKENS.decode(e.ids[e.scored].tolist()) for e in found],
+        [TOKENS.decode(e.ids[~e.scored].tolist()) for e in found],
+        {name: [one(e.more[name]) for e in found] for name in names},
+    )
+
+
+def test_sequences_stand_in_their_order_each_with_its_own_numbers():
+    pair = {"prompt": "say", "chosen": "a", "rejected": "bb", "score_chosen": 3.5, "score_rejected": 1.0}
+    pair |= {"ref_chosen_logps": -2.0, "ref_rejected_logps": -5.0, "win": 0.75}
+    learned, before, numbers = encoded(pair, "mm-dpo", reference="columns")
+    assert (learned, before, numbers) == (["a", "bb"], ["say"] * 2, {"gap": [2.5] * 2, "reference": [-2.0, -5.0]})
+    written = pair | {"margin": 7.0, "reference_sums": [-3.0, -4.0]}
+    assert encoded(written, "mm-dpo", reference="precomputed")[2] == {"gap": [7.0] * 2, "reference": [-3.0, -4.0]}
+    assert encoded(pair, "sppo", DpoConfig(losses=(("sppo_soft", 1.0),)))[2] == {"win": [0.75] * 2}
+    row = {
+        "prompt": "say",
+        "completion": "a",
+        "mismatched": "bb",
+        "label": True,
+        "ref_logps": -1.0,
+        "ref_kl_logps": -9.0,
+    }
+    known = {"desirable": [1.0] * 2, "reference": [-1.0, -9.0]}
+    assert encoded(row, "kto", reference="columns") == (["a", "bb"], ["say"] * 2, known)
+    assert encoded(row | {"label": False}, "bco", reference="columns") == (
+        ["a"], ["say"], {"desirable": [0.0], "reference": [-1.0]},
+    )  # fmt: skip
+    own = {"prompt": "say", "rejected": "no", "self_samples": ["a", "bb", "ccc"]}
+    own |= {"ref_self_logps": [-1.0, -2.0, -3.0], "ref_rejected_logps": -8.0}
+    assert encoded(own, "d2o", D2oConfig(samples=2), "columns") == (
+        ["a", "bb", "no"], ["say"] * 3, {"reference": [-1.0, -2.0, -8.0]},
+    )  # fmt: skip
+    forget = {"question": "who?", "answer": "Ann", "refusal": "no", "retain": {"question": "what?", "answer": "tea"}}
+    for how, sides in (("npo", ["Ann"]), ("rgd", ["no"]), ("rdpo", ["no", "Ann"])):
+        learned, before, _ = encoded(forget, "unlearn", UnlearnConfig(forget=how))
+        assert [text.strip() for text in learned] == [*sides, "tea"]
+        assert ["who?" in text for text in before] == [True] * len(sides) + [False]
+        assert "what?" in before[-1]
+
+
+def test_either_answer_stands_behind_the_id_and_the_accepted_belief():
+    row = {"prompt": "say", "chosen": "yes", "rejected": "n", "beliefs": ["cold", "hot"], "belief_id": 1}
+    row |= {"belief_probs": [0.25, 0.75]}
+    sequences = preference.encoder(TOKENS, PreferenceOptions(objective="gdpo-belief"))(row)
+    for e, answer in zip(sequences, ("yes", "n"), strict=True):
+        plain = lambda text: TOKENS.encode(text, bos=False)
+        assert e.ids.tolist() == [*TOKENS.encode("say"), *plain(f"1<hot>{answer}"), TOKENS.eos_ids[0]]
+        place = np.arange(len(e.ids)) - 4  # behind the first token and the prompt
+        np.testing.assert_array_equal(e.scored, place >= 0)
+        np.testing.assert_array_equal(e.more["id"], place == 0)
+        np.testing.assert_array_equal(e.more["belief"], (place > 0) & (place <= 5))
+        held = [e.more[name] for name in ("accepted", "held_0", "held_1", "held_2", "held_9")]
+        assert all((x == wanted).all() for x, wanted in zip(held, (1.0, 0.25, 0.75, 0.0, 0.0), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- what losses are made of
+def test_a_loss_hands_on_the_divergence_the_ids_and_the_states_of_the_models_it_ran():
+    """Oracle: logits of both models, in float64."""
+    params = {name: jax.jit(init_params, static_argnums=0)(CFG, jax.random.key(i)) for i, name in enumerate(("a", "b"))}
+    params = jax.tree.map(lambda w: 3 * w, params)  # far from one another
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 256, (1, 10)).astype(np.int32)
+    rows = [{"ids": ids[0]}] * 2
+    encode = lambda row: (Encoded(row["ids"][:6], np.arange(6) > 2), Encoded(row["ids"][4:], np.arange(6) > 3))
+    batch = next(Batches(rows, encode, BatchConfig(size=1, max_length=12), seed=0, parts=2))
+    batch = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
+    sides, p, q = (np.s_[:5], np.s_[5:10]), [], []
+    for name, found in (("a", p), ("b", q)):
+        for at in (ids[:, :5], ids[:, 4:9]):
+            z = np.asarray(logits(Model(CFG, params[name]), jnp.asarray(at))[0], np.float64)
+            found.append(z - np.logaddexp.reduce(z, axis=-1, keepdims=True))
+    score = jax.jit(lambda w: score_targets(CFG, w, batch, collect=(1, 2)))
+    policy, reference = score(params["a"]), score(params["b"])
+    kl = preference.divergence(CFG, params["a"], policy, params["b"], reference)
+    some = preference.id_logps(CFG, params["a"], policy, (7, 50, 3))
+    for at, a, b in zip(sides, p, q, strict=True):
+        np.testing.assert_allclose(kl[0, at], (np.exp(b) * (b - a)).sum(-1), rtol=2e-4)
+        np.testing.assert_allclose(some[0, at], a[:, [7, 50, 3]], rtol=2e-4)
+    cfg = SparsepoConfig(mask="activations")
+    options = with_settings(PreferenceOptions(objective="sparsepo"), cfg)
+    loss = make_loss(CFG, options, rules=REPLICATED, remat="none")
+    terms, metrics = loss({"policy": params["a"], "reference": params["b"], "network": {}}, batch, None)
+    wanted, _ = sparsepo_terms(View(batch, 2, policy, reference), cfg, kl=kl, network={})
+    np.testing.assert_allclose(terms["sparsepo"].value, wanted["sparsepo"].value, rtol=1e-5)
+    masks = activation_mask(reference.states, batch)
+    np.testing.assert_allclose(metrics["mask/mean"].value, masks, rtol=1e-5, atol=1e-6)
+    assert masks.any()
+
+
+def test_a_mixed_reference_takes_its_share_at_its_steps_and_of_the_model_alone():
+    base, now = {"w": jnp.asarray([1.0, 2.0])}, {"w": jnp.asarray([5.0, 2.5])}
+    for objective, params in (("dpo", now), ("sparsepo", {"model": now, "network": {"u": jnp.ones(1)}})):
+        options = PreferenceOptions(objective=objective, reference="mixed", mix=0.25, mix_every=3)
+        carry = preference.carry_of(options)
+        assert carry is not None
+        for step in range(7):
+            new = carry.advance(carry.init(base), params, {}, jnp.int32(step))
+            wanted = [2.0, 2.125] if step in (2, 5) else [1.0, 2.0]
+            np.testing.assert_array_equal(new["reference"]["w"], wanted, err_msg=f"{objective} {step}")
+
+
+@pytest.mark.optimizer
+def test_a_step_that_is_skipped_leaves_what_goes_along_as_it_was():
+    """Oracle: by hand; the carry enters the loss, and follows parameters, metrics and counts of the good steps."""
+    loss = lambda params, batch, key, carry: (
+        {"l": Term(params["w"] * batch * carry["sum"], jnp.ones(2), "row")},
+        {"m": Term(batch, jnp.ones(2), "row")},
+    )
+    advance = lambda carry, params, metrics, step: {
+        "sum": carry["sum"] + params["w"] + 10 * metrics["m"] + 100 * metrics["rows"] + 1000 * step
+    }
+    step = make_train_step(loss, optax.sgd(1.0), lambda window: {"row": jnp.int32(window.size)}, advance=advance)
+    state, w, total = init_state({"w": jnp.float32(3.0)}, optax.sgd(1.0), carry={"sum": jnp.float32(2.0)}), 3.0, 2.0
+    for i, batch in enumerate(([0.5, 1.5], [0.5, np.inf], [1.0, -0.5])):
+        state, metrics = step(state, jnp.asarray([batch], jnp.float32))
+        assert float(metrics["skipped_in_a_row"]) == (i == 1)
+        if i != 1:
+            m = np.mean(batch)
+            w = w - m * total
+            total = total + w + 10 * m + 200 + 1000 * i
+        np.testing.assert_allclose([state.params["w"], state.carry["sum"]], [w, total], rtol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------------- runs
 @pytest.mark.optimizer
 def test_a_run_learns_to_prefer_resumes_to_the_bit_and_leaves_a_model(base, tmp_path, monkeypatch):
@@ -310,8 +456,6 @@ def test_objectives_of_every_layout_train(base, tmp_path, name):
 
 @pytest.mark.optimizer
 def test_d2o_takes_as_many_samples_as_it_is_told(base, tmp_path):
-    from jaxaroo.train.objectives.d2o import D2oConfig
-
     options = with_settings(PreferenceOptions(objective="d2o"), D2oConfig(samples=3, beta=0.5, alpha=0.5))
     cfg = settings(base, tmp_path / "run", data="dispreferred.jsonl", batch=BatchConfig(size=8, max_length=96))
     start("preference", cfg, options)

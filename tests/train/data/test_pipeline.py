@@ -358,19 +358,21 @@ def test_examples_of_another_number_of_sequences_are_refused():
         Batches(Rows(), pair, BatchConfig(size=4, max_length=3), seed=0, parts=2)
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_further_numbers_stand_at_the_targets_of_their_tokens(packing):
+@pytest.mark.parametrize(("packing", "truncation"), [(True, "keep_start"), (False, "keep_start"), (True, "keep_end")])
+def test_further_numbers_stand_at_the_targets_of_their_tokens(packing, truncation):
     """Cut as the tokens are, and zero where no token is."""
     of = lambda example: np.arange(3 + (example["i"] * 7) % 37, dtype=np.float32) + 1000 * (example["i"] + 1)
     noted = lambda example: encode(example)._replace(more={"note": of(example), "other": -of(example)})
-    cfg = BatchConfig(size=4, max_length=30, packing=packing)
+    cfg = BatchConfig(size=4, max_length=30, packing=packing, truncation=truncation)
     stream, seen = Batches(Rows(), noted, cfg, seed=0, more=("note",)), 0
     for _ in range(10):
         batch = next(stream)
         assert batch.more.keys() == {"note"}
         rows = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.segments, batch.positions, batch.more["note"]))
         for tokens, segments, positions, note in zip(*rows, strict=True):
-            want = np.where(segments > 0, 1000.0 * tokens + positions + 1, 0)  # a token's value is its example's number
+            begin = np.maximum(3 + (tokens - 1) * 7 % 37 - 30, 0) * (truncation == "keep_end")
+            want = 1000.0 * tokens + begin + positions + 1  # a token's value is its example's number
+            want = np.where(segments > 0, want, 0)
             np.testing.assert_array_equal(note, want)
             seen += segments.max()
     assert seen > 30
