@@ -36,6 +36,7 @@ from jaxaroo.models.tokenizer import byte_tokenizer
 from jaxaroo.sharding.rules import REPLICATED
 from jaxaroo.train import preference
 from jaxaroo.train.data.pipeline import Batch, BatchConfig, Batches
+from jaxaroo.train.data.pipeline import count_units as count_of
 from jaxaroo.train.data.tokenise import Encoded
 from jaxaroo.train.objectives.logprobs import score_targets
 from jaxaroo.train.objectives.policy_gradient import PolicyGradientConfig, Rollout, count_units, policy_gradient
@@ -65,6 +66,7 @@ def main() -> None:
     args.add_argument("--dtype", default="float32")
     args.add_argument("--pairs", type=int, default=8)
     args.add_argument("--length", type=int, default=256, help="longest sequence")
+    args.add_argument("--row", type=int, default=768, help="tokens of a row that jaxaroo packs pairs into")
     args.add_argument("--runs", type=int, default=12)
     args.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     args.add_argument("--against", choices=["trl"])
@@ -82,6 +84,7 @@ def main() -> None:
         return
     result: dict[str, Any] = {"benchmark": "preference_step", "environment": record.environment()}
     result |= {"shape": opts.shape, "config": dataclasses.asdict(cfg), "pairs": opts.pairs, "length": opts.length}
+    result["row"] = opts.row
     result["objectives"] = {name: measure(name, cfg, opts) for name in opts.objectives}
     record.save(f"preference-step-{opts.shape}-{jax.default_backend()}", result)
 
@@ -141,28 +144,27 @@ def trained(name: str) -> int:
 
 
 def window_of(name: str, cfg: DecoderConfig, opts: argparse.Namespace) -> Batch:
-    """One window of one micro-batch, packed."""
-    rows = rows_of(name, cfg, opts)
+    """One window of one micro-batch, packed into as few rows as hold it."""
+    rows, length = rows_of(name, cfg, opts), opts.row
     more = ("desirable",) if name == "kto" else ()
 
     def encode(row: Any) -> tuple[Encoded, ...]:
         i = row["i"]
+        if i == len(rows):  # fits nowhere, and so ends the window
+            ids = np.zeros(length // 2 + 1, np.int32)
+            return tuple(Encoded(ids, ids == 0, more={n: ids.astype(np.float32) for n in more} or None) for _ in "ab")
         other = rows[(i + 1) % len(rows)][0][PROMPTS[(i + 1) % len(rows)] :]
         sequences = [rows[i][0], np.concatenate([rows[i][0][: PROMPTS[i]], other])] if name == "kto" else rows[i]
         label = {"desirable": float(i % 2)} if more else {}
         fill = lambda ids: {n: np.full(len(ids), x, np.float32) for n, x in label.items()}
         return tuple(Encoded(ids, np.arange(len(ids)) >= PROMPTS[i], more=fill(ids) or None) for ids in sequences)
 
-    length = 2 * opts.length
-    made = Batches(
-        [{"i": i} for i in range(len(rows))],
-        encode,
-        BatchConfig(size=len(rows), max_length=length, packing=False, shuffle=False),
-        seed=0,
-        parts=2,
-        more=more,
-    )
-    return jax.tree.map(jnp.asarray, next(made))
+    for size in range(1, len(rows) + 1):
+        settings = BatchConfig(size=size, max_length=length, packing=True, shuffle=False)
+        made = next(Batches([{"i": i} for i in range(len(rows) + 1)], encode, settings, seed=0, parts=2, more=more))
+        if int(count_of(made)["sequence"]) == 2 * len(rows):
+            return jax.tree.map(jnp.asarray, made)
+    raise ValueError(f"--row {length}: expected room for both sequences of a pair, {2 * opts.length} tokens.")
 
 
 # -------------------------------------------------------------------------------------------------------------- sides
@@ -291,6 +293,7 @@ def resident() -> int:
 def alone(side: str, name: str, opts: argparse.Namespace) -> int:
     """The most that a process with this side alone has resident."""
     same = ["--shape", opts.shape, "--dtype", opts.dtype, "--pairs", opts.pairs, "--length", opts.length]
+    same += ["--row", opts.row]
     argv = [sys.executable, "-m", "benchmarks.preference_step", *map(str, same), "--resident", side, name]
     done = subprocess.run(argv, check=True, stdout=subprocess.PIPE)
     return json.loads(done.stdout.decode().splitlines()[-1])["resident"]

@@ -143,7 +143,7 @@ def label_steps(
       max_seqs: completions written at the same time.
     """
     needed = {"monte-carlo": "answer", "truth": "truth", "outcome": "outcome"}[by]
-    rows = [row for row in _rows(data) if row["steps"]]
+    rows = [row for row in read_solutions(data) if row["steps"]]
     if (missing := next((i for i, row in enumerate(rows) if needed not in row), None)) is not None:
         raise UsageError(f"label steps: row {missing} of {data} has no `{needed}`, which --by {by} goes by.")
     if by == "monte-carlo":
@@ -155,7 +155,7 @@ def label_steps(
             n=n,
             threshold=threshold,
             early_stop=early_stop,
-            joiner=_joiner(rows, joiner),
+            joiner=joiner_of(rows, joiner),
             seed=seed,
             completer=f"{_mark(model)}, temperature {temperature:g}, {max_new_tokens} tokens",
         )
@@ -199,10 +199,10 @@ def label_agree(
         raise UsageError("label agree: expected either --weak, a second file, or --judge, a column of the first.")
     cfg = ConsistencyConfig(keep=keep)
     if weak is not None:
-        kept, report = agree(_rows(weak), _rows(strong), cfg)
+        kept, report = agree(read_solutions(weak), read_solutions(strong), cfg)
     else:
         assert judge is not None
-        kept, report = consensus(_rows(strong), judge, cfg)
+        kept, report = consensus(read_solutions(strong), judge, cfg)
     _write(out, kept)
     print(
         dumps(report._asdict())
@@ -233,8 +233,8 @@ def label_feedback(
     """
     from ..train.labels.feedback import feedback_example
 
-    rows, examples = _rows(data), []
-    between = _joiner(rows, between)
+    rows, examples = read_solutions(data), []
+    between = joiner_of(rows, between)
     for i, row in enumerate(rows):
         if not row["steps"]:
             continue
@@ -293,8 +293,8 @@ def label_split(
         raise UsageError(f"label split: --by {by}; expected --model, the folder of the policy and its tokenizer.")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"label split: no folder {out.parent}; expected one for --out. Make it.")
-    rows = _rows(data, instead="completion")
-    joiner = _joiner(rows, joiner)
+    rows = read_solutions(data, instead="completion")
+    joiner = joiner_of(rows, joiner)
     whole = [row["completion"] if _is_text(row.get("completion")) else joiner.join(row["steps"]) for row in rows]
     kept = [(row, text) for row, text in zip(rows, whole, strict=True) if text.strip()]
     texts = [text for _, text in kept]
@@ -317,6 +317,31 @@ def label_split(
     print(dumps(report) if json else f"{cut}{len(kept)} solutions, {report['mean_steps']:.2f} steps each")
     print(f'wrote {out}: train on it with --between ""', file=sys.stderr)
     return 0
+
+
+def read_solutions(path: Path, instead: str | None = None) -> list[Row]:
+    """Rows of a JSONL file as they are, columns of all kinds kept; one of text may stand in for `steps`."""
+    rows, wanted = [], "`prompt` and `steps`, texts" + (f", or `{instead}`" if instead else "")
+    with path.open(encoding="utf-8") as file:  # whose lines end with newlines: U+2028 may stand in a JSON string
+        for number, line in enumerate(file, 1):
+            try:
+                row = jsonlib.loads(line)
+            except ValueError:
+                row = None
+            row = row if isinstance(row, dict) else {}
+            steps = [] if _is_text(row.get(instead)) else row.get("steps")
+            if "prompt" not in row or not isinstance(steps, list) or not all(map(_is_text, steps)):
+                raise ValueError(f"{path}:{number}: found {line[:80]!r}; expected an object with {wanted}.")
+            rows.append(row)
+    return rows
+
+
+def joiner_of(rows: Sequence[Row], asked: str | None) -> str:
+    """What stands between steps: as asked for, or as the rows say, or a newline."""
+    found = {said if isinstance(said, str) else "\n" for row in rows for said in [row.get("joiner")]} or {"\n"}
+    if asked is None and len(found) > 1:
+        raise ValueError(f"label: {found} stand between steps of some rows; expected one for all. Say which, or part.")
+    return found.pop() if asked is None else asked
 
 
 # ----------------------------------------------------------------------------------------------------------- private
@@ -357,14 +382,6 @@ def _cover(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
     """Steps that give the text back: each goes on to where the next begins."""
     cuts = [0, *(start for start, _ in spans[1:]), len(text)]
     return [text[a:b] for a, b in itertools.pairwise(cuts)]
-
-
-def _joiner(rows: Sequence[Row], asked: str | None) -> str:
-    """What stands between steps: as asked for, or as the rows say, or a newline."""
-    found = {said if isinstance(said, str) else "\n" for row in rows for said in [row.get("joiner")]} or {"\n"}
-    if asked is None and len(found) > 1:
-        raise ValueError(f"label: {found} stand between steps of some rows; expected one for all. Say which, or part.")
-    return found.pop() if asked is None else asked
 
 
 def _is_text(value: Any) -> bool:
@@ -426,23 +443,6 @@ def _mark(model: Path) -> str:
             file.seek(max(0, size - 2**16))
             digest.update(file.read() + str(size).encode())
     return digest.hexdigest()
-
-
-def _rows(path: Path, instead: str | None = None) -> list[Row]:
-    """Rows of a JSONL file as they are, columns of all kinds kept; one of text may stand in for `steps`."""
-    rows, wanted = [], "`prompt` and `steps`, texts" + (f", or `{instead}`" if instead else "")
-    with path.open(encoding="utf-8") as file:  # whose lines end with newlines: U+2028 may stand in a JSON string
-        for number, line in enumerate(file, 1):
-            try:
-                row = jsonlib.loads(line)
-            except ValueError:
-                row = None
-            row = row if isinstance(row, dict) else {}
-            steps = [] if _is_text(row.get(instead)) else row.get("steps")
-            if "prompt" not in row or not isinstance(steps, list) or not all(map(_is_text, steps)):
-                raise ValueError(f"{path}:{number}: found {line[:80]!r}; expected an object with {wanted}.")
-            rows.append(row)
-    return rows
 
 
 def _write(path: Path, rows: Iterable[Row]) -> None:

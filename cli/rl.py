@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from . import critique
 from .output import UsageError
 from .rounds import answered, read_problems
 
@@ -22,9 +23,9 @@ def rl_command(args: list[str]) -> Callable[..., int]:
     from ..train.algorithms import RlOptions
     from ..train.config import build, read_settings
     from ..train.rl import RlConfig
-    from .train import _value_of
+    from .train import value_of
 
-    config = _value_of("--config", args)
+    config = value_of("--config", args)
     needed: dict[str, Any] = dict.fromkeys(("model", "data", "out"), tyro.MISSING)
     default = build(RlConfig, needed | (read_settings(RlConfig, Path(config)) if config else {}))
 
@@ -66,11 +67,10 @@ def make_online(settings: Any, options: Any) -> Any:
     from ..infer.sampling import Sampling
     from ..train.labels.monte_carlo import step_seed
     from ..train.rl import Online, read_origin
-    from ..train.rollouts import Sampled
 
     tokenizer = read_origin(settings).tokenizer
-    size, read = read_problems(settings.data, settings.arithmetic)
-    tests = _tests(settings)
+    size, read = _problems_of(settings, options, settings.data)
+    tests = _tests(settings, options)
     if any(name in ("outcome", "truthrl") for name in options.reward) and size is not None:
         _need_answers(settings.data, [read(i) for i in range(size)])
     if size is not None:  # for a run that ends at step 300 could not be gone on with
@@ -86,40 +86,31 @@ def make_online(settings: Any, options: Any) -> Any:
             engines.append(Engine(policy, tokenizer, logprobs_mode="processed", **sizes))
         return engines[0]
 
-    def sample(policy: Any, problems: Sequence[Mapping[str, Any]], step: int) -> list[list[Sampled]]:
+    def sample(policy: Any, problems: Sequence[Mapping[str, Any]], step: int) -> list[list[Any]]:
         ask: Any = dict(n=settings.samples, temperature=settings.temperature, max_tokens=settings.max_new_tokens)
         seeds = [step_seed(settings.seed, f"{i}:{problem['id']}", step) for i, problem in enumerate(problems)]
         each = [Sampling(**ask, seed=seed, logprobs=0) for seed in seeds]
         results = serve(policy).generate([p["prompt"] for p in problems], each, raise_on_error=True)
-        return [
-            [
-                Sampled(
-                    result.prompt_token_ids,
-                    o.token_ids,
-                    o.finish_reason == "stop",
-                    o.text or "",
-                    [p.logprob for p in o.logprobs or ()],
-                )
-                for o in result.outputs
-            ]
-            for result in results
-        ]
+        return [[_sampled(result, o) for o in result.outputs] for result in results]
 
     def measure(policy: Any) -> dict[str, float]:
         greedy = Sampling(temperature=0.0, max_tokens=settings.max_new_tokens)
         results = serve(policy).generate([t["prompt"] for t in tests], greedy, raise_on_error=True)
+        if options.reward == ("critique",):
+            answers = [[_sampled(result, o) for o in result.outputs] for result in results]
+            return {name.removeprefix("critique/"): value for name, value in rewards[0](tests, answers).metrics.items()}
         rows = [
             answered(test, [o.text or "" for o in result.outputs], [o.finish_reason for o in result.outputs])
             for test, result in zip(tests, results, strict=True)
         ]
         return {"greedy_accuracy": sum(row["outcomes"][0] for row in rows) / len(rows)}
 
-    rewards = [make_reward(name, settings, options) for name in options.reward]
+    rewards: list[Any] = [make_reward(name, settings, options) for name in options.reward]
     return Online(size, read, sample, rewards, measure if tests else None)
 
 
-def make_reward(name: str, settings: Any, options: Any) -> Callable[..., list[list[float | None]]]:
-    """A reward by its name: `outcome`, `truthrl`, or the folder of a reward model.
+def make_reward(name: str, settings: Any, options: Any) -> Callable[..., Any]:
+    """A reward by its name: `outcome`, `truthrl`, `critique`, or the folder of a reward model.
 
     What a reward model is not asked about, an answer that was cut or has no final answer, is worth 0; what is too long
     for it has no reward.
@@ -130,10 +121,14 @@ def make_reward(name: str, settings: Any, options: Any) -> Callable[..., list[li
         ]
     if name == "truthrl":
         return lambda problems, answers: _truthrl(problems, answers, options.abstention)
+    if name == "critique":
+        return critique.make_reward(settings, options.critique)
     from ..models import reward
 
     if not reward.is_reward_model(name):
-        raise ValueError(f"train rl: {name} is no reward model; expected the folder of one, outcome or truthrl.")
+        raise ValueError(
+            f"train rl: {name} is no reward model; expected the folder of one, outcome, truthrl or critique."
+        )
     return _Scores(Path(name), settings.dtype, options.aggregate, options.score_batch)
 
 
@@ -194,15 +189,30 @@ def _truthrl(problems: Any, answers: Any, abstention: str) -> list[list[float | 
     return found
 
 
-def _tests(settings: Any) -> list[dict[str, Any]]:
+def _problems_of(settings: Any, options: Any, data: str, split: Any = "train") -> tuple[int | None, Any]:
+    """What there is to answer: problems, or attempts to criticise."""
+    if options.reward == ("critique",):
+        return critique.read_attempts(data, settings.arithmetic, options.critique, settings.seed, split)
+    return read_problems(data, settings.arithmetic, split)
+
+
+def _sampled(result: Any, output: Any) -> Any:
+    from ..train.rollouts import Sampled
+
+    said = [token.logprob for token in output.logprobs or ()]
+    return Sampled(result.prompt_token_ids, output.token_ids, output.finish_reason == "stop", output.text or "", said)
+
+
+def _tests(settings: Any, options: Any) -> list[dict[str, Any]]:
     """Problems of evaluations; none if there are to be none."""
     if not settings.evaluate_every or not settings.tested:
         return []
     if settings.test is None and settings.data != "builtin:arithmetic":
         raise UsageError("train rl: --evaluate-every without --test; expected a file of problems to measure by.")
-    size, read = read_problems(settings.test or settings.data, settings.arithmetic, "test")
+    size, read = _problems_of(settings, options, settings.test or settings.data, "test")
     rows = [read(i) for i in range(settings.tested if size is None else min(settings.tested, size))]
-    _need_answers(settings.test, rows)
+    if options.reward != ("critique",):
+        _need_answers(settings.test, rows)
     return rows
 
 
@@ -229,9 +239,12 @@ def _go(settings: Any, options: Any) -> int:
 
     from ..train.rl import resolve, run_rl
 
-    absolute = lambda name: name if name in ("outcome", "truthrl") else str(Path(name).absolute())
+    absolute = lambda name: name if name in ("outcome", "truthrl", "critique") else str(Path(name).absolute())
     settings = resolve(settings)
     options = dataclasses.replace(options, reward=tuple(map(absolute, options.reward)))
+    if actor := options.critique.actor:
+        named = dataclasses.replace(options.critique, actor=str(Path(actor).absolute()))
+        options = dataclasses.replace(options, critique=named)
     outcome = run_rl(settings, options, make_online(settings, options), progress=True)
     if outcome.finished:
         print(

@@ -40,12 +40,12 @@ def train_command(kind: str, args: list[str]) -> Callable[..., int]:
     from ..train.run import RunConfig, start
 
     if kind == "preference":
-        return preference_command(_value_of("--objective", args) or "dpo", args)
+        return preference_command(value_of("--objective", args) or "dpo", args)
     if kind == "unlearn":
         return preference_command("unlearn", args)
     if kind == "curry":
         return curry_command(args)
-    recipe, config = RECIPES[kind], _value_of("--config", args)
+    recipe, config = RECIPES[kind], value_of("--config", args)
     needed = dict.fromkeys(("model", "data", "out"), tyro.MISSING) | dict(recipe.defaults)
     default = build(RunConfig, needed | (read_settings(RunConfig, Path(config)) if config else {}))
 
@@ -163,7 +163,7 @@ def preference_command(name: str, args: list[str]) -> Callable[..., int]:
         raise AssertionError(name)
     rate = {"optimizer": {"learning_rate": known.learning_rate}} if known.learning_rate else {}
     needed = dict.fromkeys(("model", "data", "out"), tyro.MISSING) | dict(RECIPES["preference"].defaults) | rate
-    config = _value_of("--config", args)
+    config = value_of("--config", args)
     default = build(RunConfig, needed | (read_settings(RunConfig, Path(config)) if config else {}))
     kind: Any = type(known.config)
 
@@ -212,7 +212,7 @@ def curry_command(args: list[str]) -> Callable[..., int]:
     from ..train.run import RunConfig
 
     needed = dict.fromkeys(("model", "data", "out"), tyro.MISSING) | {"optimizer": {"learning_rate": 1e-6}}
-    config = _value_of("--config", args)
+    config = value_of("--config", args)
     default = build(RunConfig, needed | (read_settings(RunConfig, Path(config)) if config else {}))
 
     def command(
@@ -304,14 +304,14 @@ def acceptance(emitted: list[int]) -> dict[str, float]:
     return {"tau": sum(n * count for n, count in enumerate(emitted)) / steps, **shares}
 
 
-# ----------------------------------------------------------------------------------------------------------- private
-def _value_of(option: str, args: list[str]) -> str | None:
+def value_of(option: str, args: list[str]) -> str | None:
     """What stands behind an option; the parser comes too late for it, as it wants the defaults first."""
     found = [b for a, b in itertools.pairwise(args) if a == option]
     found += [arg.removeprefix(f"{option}=") for arg in args if arg.startswith(f"{option}=")]
     return found[-1] if found else None
 
 
+# ----------------------------------------------------------------------------------------------------------- private
 def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     from ..sharding.mesh import start_processes
 

@@ -13,13 +13,27 @@ reference, V vocabulary.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from .token_stats import LogitTiles, cut_tokens, dense_logits, fit_tiles, gradients, logits_tile, rise, vocab_rows
+from .token_stats import (
+    Layout,
+    LogitTiles,
+    check_tiles,
+    choose,
+    cut_tokens,
+    dense_logits,
+    fit_tiles,
+    gradients,
+    logits_tile,
+    on_shards,
+    rise,
+    vocab_rows,
+)
 
 
 def reference(
@@ -40,17 +54,19 @@ def reference(
 
 
 def token_kl(
-    hidden: Float[Array, "N D"],
+    hidden: Float[Array, "*N D"],
     head: Float[Array, "V D"],
-    ref_hidden: Float[Array, "N E"],
+    ref_hidden: Float[Array, "*N E"],
     ref_head: Float[Array, "V E"],
+    mask: Bool[Array, "*N"] | None = None,
     *,
     scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-    token_tile: int = 1024,
-    vocab_tile: int = 8192,
-) -> Float[Array, " N"]:
+    token_tile: int = 512,
+    vocab_tile: int = 4096,
+    layout: Layout | None = None,
+) -> Float[Array, "*N"]:
     """KL(reference || policy) of every token in nats, tile by tile; float32, and below 0 by rounding only.
 
     Args:
@@ -58,55 +74,82 @@ def token_kl(
       head: its output embedding, tied or not.
       ref_hidden: the reference's states at the same tokens; no gradient.
       ref_head: its output embedding, rows in the same order; no gradient.
+      mask: which tokens to compare; all when not given. The others get 0, and no gradient.
       scale: multiplies the logits of both first.
       softcap: then they become `softcap * tanh(z / softcap)`.
       temperature: and are divided by this.
       token_tile: c_t; the last tile may be short.
       vocab_tile: c_v; likewise.
+      layout: where tokens and rows of the heads lie on the mesh; sizes have to divide.
     """
     shapes = [x.shape for x in (hidden, head, ref_hidden, ref_head)]
-    fits = all(len(s) == 2 for s in shapes) and all(a[1] == b[1] for a, b in (shapes[:2], shapes[2:]))
-    if not fits or shapes[0][0] != shapes[2][0] or shapes[1][0] != shapes[3][0]:
+    fits = len(shapes[1]) == len(shapes[3]) == 2 and all(a[-1] == b[1] for a, b in (shapes[:2], shapes[2:]))
+    if not fits or shapes[0][:-1] != shapes[2][:-1] or shapes[1][0] != shapes[3][0]:
         names = ("hidden", "head", "ref_hidden", "ref_head")
         found = ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes, strict=True))
-        raise ValueError(f"token_kl: {found}; expected [N, D], [V, D], [N, E], [V, E].")
-    tiles = fit_tiles(hidden, head, LogitTiles(token_tile, vocab_tile, scale, softcap, temperature), "token_kl")
-    return _op(hidden, head, ref_hidden, ref_head, tiles)
+        raise ValueError(f"token_kl: {found}; expected [..., D], [V, D], [..., E], [V, E].")
+    if mask is not None and mask.shape != hidden.shape[:-1]:
+        raise ValueError(f"token_kl: mask {mask.shape}, hidden {hidden.shape}; expected one for each token.")
+    tiles = check_tiles(LogitTiles(token_tile, vocab_tile, scale, softcap, temperature), "token_kl")
+    return _op(hidden, head, ref_hidden, ref_head, mask, tiles, layout)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _op(hidden, head, ref_hidden, ref_head, tiles: LogitTiles):
-    return _forward(hidden, head, ref_hidden, ref_head, tiles)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _op(hidden, head, ref_hidden, ref_head, mask, tiles: LogitTiles, layout: Layout | None):
+    return _forward(hidden, head, ref_hidden, ref_head, mask, tiles, layout)[0]
 
 
-def _forward(hidden, head, ref_hidden, ref_head, o: LogitTiles):
-    N, V = hidden.shape[0], head.shape[0]
-    tiles = (cut_tokens(hidden, o), cut_tokens(ref_hidden, o))
+def _forward(hidden, head, ref_hidden, ref_head, mask, o: LogitTiles, layout: Layout | None):
+    local = functools.partial(_local_forward, o=o, vocab=layout and layout.vocab)
+    kl, lse, ref_lse = on_shards(local, layout, "dwdwt", "ttt")(hidden, head, ref_hidden, ref_head, mask)
+    return kl, (hidden, head, ref_hidden, ref_head, mask, lse, ref_lse)
+
+
+def _backward(o: LogitTiles, layout: Layout | None, saved: Any, cotangent):
+    local = functools.partial(_local_backward, o=o, layout=layout)
+    return *on_shards(local, layout, "dwdwtttt", "dw")(*saved, cotangent), None, None, None
+
+
+_op.defvjp(_forward, _backward)
+
+
+def _local_forward(hidden, head, ref_hidden, ref_head, mask, o: LogitTiles, vocab: Any):
+    """Of the tokens of one device: the divergence and both log-sum-exps."""
+    chosen = choose(mask, hidden.shape[:-1])
+    o = fit_tiles(o, math.prod(chosen.shape), head.shape[0])
+    tiles = jax.tree.map(lambda x: cut_tokens(x, o), chosen.take((hidden, ref_hidden)))
 
     def over_vocab(stats, j):
         _, fresh, w = vocab_rows(head, j, o)
         ref_w = vocab_rows(ref_head, j, o)[2]
 
-        def over_tokens(_, xs):
-            (h, ref_h), (m, s, ref_m, ref_s, q) = xs
+        def over_tokens(i, stats):
+            (h, ref_h), (m, s, ref_m, ref_s, q) = jax.tree.map(lambda x: x[i], (tiles, stats))
             z, ref_z = logits_tile(h, w, o)[0], logits_tile(ref_h, ref_w, o)[0]
             m, shrink, e = rise(m, z, fresh)
             ref_m, ref_shrink, ref_e = rise(ref_m, ref_z, fresh)
             s, ref_s = s * shrink + jnp.sum(e, axis=-1), ref_s * ref_shrink + jnp.sum(ref_e, axis=-1)
-            return None, (m, s, ref_m, ref_s, q * ref_shrink + jnp.sum(ref_e * (ref_z - z), axis=-1))
+            new = (m, s, ref_m, ref_s, q * ref_shrink + jnp.sum(ref_e * (ref_z - z), axis=-1))
+            return jax.tree.map(lambda all, one: all.at[i].set(one), stats, new)
 
-        return jax.lax.scan(over_tokens, None, (tiles, stats))[1], None
+        return jax.lax.fori_loop(0, chosen.tiles(o), over_tokens, stats), None
 
     empty = jnp.zeros(tiles[0].shape[:2], jnp.float32)
     begin = (empty - jnp.inf, empty, empty - jnp.inf, empty, empty)
-    stats, _ = jax.lax.scan(over_vocab, begin, jnp.arange(-(-V // o.vocab_tile)))
-    m, s, ref_m, ref_s, q = (a.reshape(-1)[:N] for a in stats)
+    (m, s, ref_m, ref_s, q), _ = jax.lax.scan(over_vocab, begin, jnp.arange(-(-head.shape[0] // o.vocab_tile)))
+    if vocab is not None:
+        top, ref_top = jax.lax.pmax((m, ref_m), vocab)
+        shrink, ref_shrink = jnp.exp(m - top), jnp.exp(ref_m - ref_top)
+        m, ref_m = top, ref_top
+        s, ref_s, q = jax.lax.psum((s * shrink, ref_s * ref_shrink, q * ref_shrink), vocab)
     kl = q / ref_s + (m - ref_m) + jnp.log(s / ref_s)  # rounds less than the difference of two log-sum-exps
-    return kl, (hidden, head, ref_hidden, ref_head, m + jnp.log(s), ref_m + jnp.log(ref_s))
+    return chosen.put((kl, m + jnp.log(s), ref_m + jnp.log(ref_s)))
 
 
-def _backward(o: LogitTiles, saved: Any, cotangent):
-    hidden, head, ref_hidden, ref_head, lse, ref_lse = saved
+def _local_backward(hidden, head, ref_hidden, ref_head, mask, lse, ref_lse, g, o: LogitTiles, layout: Layout | None):
+    chosen = choose(mask, hidden.shape[:-1])
+    h, *own = chosen.take((hidden, ref_hidden, lse, ref_lse, g))
+    o = fit_tiles(o, math.prod(chosen.shape), head.shape[0])
 
     def dz_from(start):
         ref_w = jax.lax.dynamic_slice_in_dim(ref_head, start, o.vocab_tile)
@@ -118,7 +161,5 @@ def _backward(o: LogitTiles, saved: Any, cotangent):
 
         return dz
 
-    return *gradients(hidden, head, (ref_hidden, lse, ref_lse, cotangent), dz_from, o), None, None
-
-
-_op.defvjp(_forward, _backward)
+    dhidden, dhead = gradients(h, head, tuple(own), dz_from, o, chosen.tiles(o), layout)
+    return chosen.put(dhidden), dhead

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..jaxlib_ext.token_stats import token_stats
 from ..models.decoder import DecoderConfig, Params, Remat, param_axes
 from ..models.lora import LoraConfig, apply_lora, init_lora, lora_axes
 from ..models.reward import RewardConfig, head_axes, init_head, step_logits
@@ -33,12 +32,13 @@ from .advantages.rloo import rloo
 from .advantages.tempo import TEMPOConfig, tempo
 from .data.pipeline import Batch
 from .objectives.kl_estimators import Estimator
-from .objectives.logprobs import Scores, hidden_states, output_table
+from .objectives.logprobs import Scores, hidden_states, output_table, target_stats
 from .objectives.policy_gradient import Aggregation, PolicyGradientConfig, Rollout, count_units, policy_gradient
 from .objectives.ppo import ValueLossConfig, explained_variance, ppo_value
 from .objectives.preference import check_name
 from .preference import Carry
 from .recipe import Origin, Trainable, whole_model
+from .rewards.critique import CritiqueConfig
 from .rollouts import Placed, Sampled, spread, token_grid
 from .step import LossFn, Term
 
@@ -50,8 +50,8 @@ class RlOptions:
     Attributes:
       algorithm: grpo, dr-grpo, dapo, gspo, cispo, rloo, tempo, ppo or constrained.
       reward: `outcome`, 1 for an answer that is right and 0 for any other; `truthrl`, 1 for a right one, 0 for one that
-        says it does not know, -1 for any other; or the folder of a reward model. One, but for `constrained` one for
-        each threshold.
+        says it does not know, -1 for any other; `critique`, where data are attempts and answers are critiques of them
+        (Critique-RL); or the folder of a reward model. One, but for `constrained` one for each threshold.
       aggregate: how a reward model's scores of an answer's steps become one.
       abstention: what an answer's last line holds, in whatever case, if it says that it does not know.
       score_batch: answers that a reward model scores at a time.
@@ -66,6 +66,7 @@ class RlOptions:
       gae: discounts, for value heads.
       value: their loss.
       constrained: thresholds of rewards, and how their multipliers are learnt.
+      critique: the stage of Critique-RL, and its words.
     """
 
     algorithm: str = "grpo"
@@ -84,6 +85,7 @@ class RlOptions:
     gae: GAEConfig = GAEConfig()
     value: ValueLossConfig = ValueLossConfig()
     constrained: ConstrainedConfig = ConstrainedConfig()
+    critique: CritiqueConfig = CritiqueConfig()
 
     def __post_init__(self):
         check_name("train rl: algorithm", self.algorithm, ALGORITHMS)
@@ -92,6 +94,10 @@ class RlOptions:
             raise ValueError(f"train rl: {found}; expected a reward, a text, and at least 1.")
         if self.algorithm == "constrained" and not self.kl_weight > 0:
             raise ValueError("train rl: constrained with kl_weight=0; expected above 0: to stay near is its objective.")
+        if "critique" in self.reward and (self.reward != ("critique",) or self.algorithm == "constrained"):
+            raise ValueError("train rl: critique beside other rewards; expected it alone.")
+        if self.reward == ("critique",) and self.critique.stage == 2 and self.critique.actor is None:
+            raise ValueError("train rl: stage 2 of critique without an actor; give --critique.actor, which refines.")
         policy_config(self, 1)  # refuses what is out of range
         GRPOConfig(eps=self.eps)
 
@@ -266,11 +272,9 @@ def policy_scores(
     remat: Remat = "none",
 ) -> Scores:
     """What the decoder says of every target under the distribution that answers are sampled from."""
-    B, T = batch.tokens.shape
     hidden = hidden_states(config, params, batch, rules=rules, remat=remat)
-    table = output_table(config, params).astype(hidden.dtype)
-    stats = token_stats(hidden.reshape(B * T, -1), table, batch.targets.reshape(-1), temperature=temperature)
-    return Scores(stats.logp.reshape(B, T), stats.entropy.reshape(B, T), hidden)
+    stats = target_stats(hidden, output_table(config, params), batch, rules=rules, temperature=temperature)
+    return Scores(stats.logp, stats.entropy, hidden)
 
 
 counts = count_units

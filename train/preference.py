@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from ..jaxlib_ext.token_kl import token_kl
 from ..models.decoder import DecoderConfig, Params, Remat, param_axes
 from ..models.lora import LoraConfig, apply_lora, init_lora, lora_axes
 from ..models.tokenizer import Tokenizer
@@ -38,7 +37,7 @@ from .objectives.dpo import DpoConfig
 from .objectives.fsft import FsftConfig
 from .objectives.gdpo_belief import MOST, GdpoBeliefConfig
 from .objectives.kto import KtoConfig
-from .objectives.logprobs import Scores, output_table, score_targets
+from .objectives.logprobs import Scores, output_table, score_targets, target_kl
 from .objectives.mm_dpo import MmDpoConfig
 from .objectives.orpo import OrpoConfig
 from .objectives.preference import check_name, check_number
@@ -344,7 +343,8 @@ def make_loss(
             reference = jax.lax.stop_gradient(score(weights, collect=states))
         extra: dict[str, Any] = {}
         if reads == "kl" and reference is not None and weights is not None:
-            extra["kl"] = divergence(config, params["policy"], policy, weights, reference)
+            tables = [output_table(config, p) for p in (params["policy"], weights)]
+            extra["kl"] = target_kl(policy.hidden, tables[0], reference.hidden, tables[1], batch, rules=rules)
         if owns:
             extra["carry"] = carry["objective"]
         if "network" in params:
@@ -362,16 +362,6 @@ def id_logps(config: DecoderConfig, params: Params, policy: Scores, ids: Sequenc
     rows = output_table(config, params)[jnp.asarray(ids)].astype(policy.hidden.dtype)
     z = jnp.einsum("btd,kd->btk", policy.hidden, rows, preferred_element_type=jnp.float32)
     return z - policy.lse[..., None]
-
-
-def divergence(
-    config: DecoderConfig, params: Params, policy: Scores, ref_params: Params, reference: Scores
-) -> jax.Array:
-    """KL(reference || policy) at every target, over the whole vocabulary; [B, T]."""
-    B, T, D = policy.hidden.shape
-    flat = lambda scores: scores.hidden.reshape(B * T, D)
-    tables = (output_table(config, p).astype(policy.hidden.dtype) for p in (params, ref_params))
-    return token_kl(flat(policy), next(tables), flat(reference), next(tables)).reshape(B, T)
 
 
 # ----------------------------------------------------------------------------------------------------------- private

@@ -22,7 +22,7 @@ How weights get to the sampler: one compiled program merges adapters, rounds to 
 stacked layers apart, on the devices. So while answers are written there is a second copy of the layers; nothing passes
 through the host. With several devices the copy is put together on the first of them, which samples alone.
 
-out/config.yaml        every setting
+out/rl.yaml            every setting
 out/metrics.jsonl      one line a step;  out/evaluation.jsonl one line an evaluation, the first of them before step 1
 out/checkpoints/       what is gone on from, by the same command;  out/damaged/ those that could not be read
 out/reward.png         the curve
@@ -38,6 +38,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -62,7 +63,7 @@ from .objectives.policy_gradient import Rollout
 from .optimizer import OptimizerConfig, make_optimizer, make_schedule
 from .recipe import Origin, whole_model
 from .rollouts import Sampled, lay_out, problem_indices, split_rows, spread
-from .run import RULES, Outcome, RunConfig, _absolute, _begin, _origin, alone, stop_signals
+from .run import RULES, Outcome, RunConfig, absolute_name, alone, begin_state, origin_of, stop_signals
 from .state import TrainState
 from .step import make_train_step
 
@@ -151,8 +152,15 @@ class RlConfig:
         return self.epochs * self.minibatches
 
 
-# A reward has no side effects, and gives the same for the same answers; None or NaN for one that it cannot judge.
-Reward = Callable[[Sequence[Row], Answers], Sequence[Sequence[float | None]]]
+class Rewarded(NamedTuple):
+    """What answers were worth, and what else there is to tell of them in metrics.jsonl."""
+
+    values: Sequence[Sequence[float | None]]  # None or NaN for an answer that cannot be judged
+    metrics: Mapping[str, float] = MappingProxyType({})
+
+
+# A reward has no side effects, and gives the same for the same answers.
+Reward = Callable[[Sequence[Row], Answers], Sequence[Sequence[float | None]] | Rewarded]
 
 
 class Online(NamedTuple):
@@ -167,12 +175,14 @@ class Online(NamedTuple):
 
 def read_origin(cfg: RlConfig) -> Origin:
     """Configuration and tokenizer of the model that a run begins with."""
-    return _origin(_as_run(resolve(cfg)))
+    return origin_of(_as_run(resolve(cfg)))
 
 
 def resolve(cfg: RlConfig) -> RlConfig:
     """The settings as they are written down: whole paths, and the type of activations."""
-    named = {name: _absolute(value) for name in ("model", "data", "test", "tokenizer") if (value := getattr(cfg, name))}
+    named = {
+        name: absolute_name(value) for name in ("model", "data", "test", "tokenizer") if (value := getattr(cfg, name))
+    }
     dtype = cfg.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     return dataclasses.replace(cfg, **named, dtype=dtype)
 
@@ -197,7 +207,7 @@ def run_rl(cfg: RlConfig, options: RlOptions, online: Online, *, progress: bool 
         raise NotImplementedError("train rl: found several processes; expected one, whose devices train and sample.")
     cfg = resolve(cfg)
     _check(cfg, options, online)
-    origin, run = _origin(_as_run(cfg)), _as_run(cfg)
+    origin, run = origin_of(_as_run(cfg)), _as_run(cfg)
     what = trainable(origin, options, cfg.lora if cfg.adapters == "lora" else None)
     mesh = make_mesh(cfg.mesh)
     _open(cfg, options)
@@ -207,7 +217,7 @@ def run_rl(cfg: RlConfig, options: RlOptions, online: Online, *, progress: bool 
         tx, schedule = make_optimizer(cfg.optimizer, updates), make_schedule(cfg.optimizer, updates)
         manager = stack.enter_context(checkpoint.open_checkpoints(cfg.out / "checkpoints", cfg.checkpoint))
         with jax.set_mesh(mesh):
-            like, create = _begin(run, origin, what, tx, mesh)
+            like, create = begin_state(run, origin, what, tx, mesh)
             found = checkpoint.restore(manager, like)
             state = create() if found is None else found.state
         done = int(state.step) // cfg.updates
@@ -239,11 +249,11 @@ def run_rl(cfg: RlConfig, options: RlOptions, online: Online, *, progress: bool 
             began = time.perf_counter()
             problems = _problems(cfg, online, done)
             answers = [list(each) for each in online.sample(hand_over(state), problems, done)]
-            rewards = _rewards(cfg, online, problems, answers)
+            rewards, told = _rewards(cfg, online, problems, answers)
             sampled = time.perf_counter()
             state, metrics = learn(state, [a for each in answers for a in each], rewards, done)
             done += 1
-            metrics |= {"seconds": time.perf_counter() - began, "seconds/sampling": sampled - began}
+            metrics |= told | {"seconds": time.perf_counter() - began, "seconds/sampling": sampled - began}
             append_records(cfg.out / "metrics.jsonl", [{"step": done, **metrics}])
             bar.update()
             bar.set_postfix({"reward": f"{metrics['reward']:.4f}", "length": f"{metrics['completion/mean_len']:.1f}"})
@@ -285,9 +295,8 @@ _RENAMED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Stored:
-    """What config.yaml holds."""
+    """What rl.yaml holds."""
 
-    kind: Literal["rl"] = "rl"
     settings: RlConfig
     options: RlOptions
 
@@ -323,10 +332,8 @@ def _as_run(cfg: RlConfig) -> RunConfig:
 
 def _open(cfg: RlConfig, options: RlOptions) -> None:
     """Make the folder, or see that what was left there was begun with the same settings."""
-    out, path, stored = cfg.out, cfg.out / "config.yaml", _Stored(settings=cfg, options=options)
+    out, path, stored = cfg.out, cfg.out / "rl.yaml", _Stored(settings=cfg, options=options)
     if path.is_file():
-        if "kind: rl" not in path.read_text(encoding="utf-8").splitlines():
-            raise FileExistsError(f"train rl: {out} holds a run of another kind; expected a new or empty folder.")
         then = _flat(dataclasses.asdict(build(_Stored, read_settings(_Stored, path))))
         now = _flat(dataclasses.asdict(stored))
         changed = [n for n in {**then, **now} if not n.startswith(_MAY_CHANGE) and then.get(n) != now.get(n)]
@@ -338,7 +345,7 @@ def _open(cfg: RlConfig, options: RlOptions) -> None:
                 "--out."
             )
         return
-    if out.exists() and (not out.is_dir() or any(p.name not in (".lock", "config.partial") for p in out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(p.name not in (".lock", "rl.partial") for p in out.iterdir())):
         raise FileExistsError(f"train rl: {out} holds other files; expected a new or empty folder, or a run to go on.")
     out.mkdir(parents=True, exist_ok=True)
     write_settings(stored, path)
@@ -360,11 +367,16 @@ def _digest(problems: Sequence[Row]) -> str:
     return hashlib.sha256(json.dumps(problems, sort_keys=True).encode()).hexdigest()
 
 
-def _rewards(cfg: RlConfig, online: Online, problems: Sequence[Row], answers: Answers) -> np.ndarray:
-    """[N, G, K], NaN where there is none."""
-    found = []
+def _rewards(
+    cfg: RlConfig, online: Online, problems: Sequence[Row], answers: Answers
+) -> tuple[np.ndarray, dict[str, float]]:
+    """[N, G, K], NaN where there is none; and what the rewards tell."""
+    found, told = [], {}
     for reward in online.rewards:
-        given = [[math.nan if r is None else float(r) for r in each] for each in reward(problems, answers)]
+        said = reward(problems, answers)
+        values, metrics = said if isinstance(said, Rewarded) else (said, {})
+        told |= metrics
+        given = [[math.nan if r is None else float(r) for r in each] for each in values]
         shape, wanted = [len(each) for each in given], [cfg.samples] * cfg.groups
         if shape != wanted or [len(each) for each in answers] != wanted:
             raise ValueError(
@@ -373,7 +385,7 @@ def _rewards(cfg: RlConfig, online: Online, problems: Sequence[Row], answers: An
             )
         found.append(given)
     values = np.asarray(found, np.float32)
-    return np.where(np.isfinite(values), values, np.nan)
+    return np.where(np.isfinite(values), values, np.nan), told
 
 
 def _hand_over(origin: Origin, what: Any, mesh: Any) -> Callable[[TrainState], Model]:

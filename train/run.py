@@ -155,10 +155,10 @@ def start(
             f"train: {cfg.out} holds {what}; expected a new or empty folder. "
             f"Go on with `jaxaroo train resume {cfg.out}`, or choose another --out."
         )
-    paths = {name: _absolute(value) for name in ("model", "data", "tokenizer") if (value := getattr(cfg, name))}
+    paths = {name: absolute_name(value) for name in ("model", "data", "tokenizer") if (value := getattr(cfg, name))}
     cfg = dataclasses.replace(cfg, **paths)
     options = RECIPES[kind].options() if options is None else options
-    named = {name: _absolute(value) for name in RECIPES[kind].paths if (value := getattr(options, name))}
+    named = {name: absolute_name(value) for name in RECIPES[kind].paths if (value := getattr(options, name))}
     options = dataclasses.replace(options, **named)
     if cfg.dtype is None:  # written down, so that it stays what it is on another machine
         cfg = dataclasses.replace(cfg, dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -181,7 +181,10 @@ def resume(
       DamagedCheckpointError: if none of its checkpoints can be read.
     """
     if not (out / "config.yaml").is_file():
-        raise FileNotFoundError(f"train resume: found no {out / 'config.yaml'}; expected the --out folder of a run.")
+        raise FileNotFoundError(
+            f"train resume: found no {out / 'config.yaml'}; expected the --out folder of a run. Those of `train rl`, "
+            "curry, ranked, value-rounds, resnet20 and ghostnet are gone on with by the command that began them."
+        )
     kind, cfg, options = read_run(out)
     cfg = dataclasses.replace(cfg, out=out, **({"mesh": mesh} if mesh else {}))
     return _train(kind, cfg, options, evaluate, progress, fresh=False)
@@ -236,6 +239,91 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
             signal.signal(number, handler)
 
 
+def origin_of(cfg: RunConfig) -> Origin:
+    """Configuration and tokenizer of the model that a run begins with; no weights are read.
+
+    Raises:
+      ValueError: if tokenizer or settings do not fit the model.
+    """
+    name = cfg.model.removeprefix("preset:")
+    folder = None if name != cfg.model else Path(cfg.model)
+    if cfg.tokenizer is not None:
+        tokenizer = load_tokenizer(Path(cfg.tokenizer))
+    elif folder is not None:
+        tokenizer = load_tokenizer(folder)
+    else:
+        tokenizer = arithmetic_tokenizer() if cfg.data == ARITHMETIC else byte_tokenizer()
+    if folder is not None:
+        config = hf.read_config(folder)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"train: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's table {config.vocab_size} "
+                "rows; expected a row for every id. Use the model's own tokenizer."
+            )
+    else:
+        config = dataclasses.replace(preset(name, vocab_size=tokenizer.vocab_size), eos_ids=tokenizer.eos_ids)
+    if cfg.batch.max_length > config.max_positions:
+        raise ValueError(
+            f"train: max_length={cfg.batch.max_length}; expected at most the model's {config.max_positions} positions. "
+            "Lower --batch.max-length."
+        )
+    return Origin(dataclasses.replace(config, dtype=cfg.dtype or "float32"), tokenizer, folder)
+
+
+def begin_state(
+    cfg: RunConfig, origin: Origin, what: Trainable, tx, mesh
+) -> tuple[TrainState, Callable[[], TrainState]]:
+    """The state in the abstract, its frozen parameters in fact; and how to make it, when no checkpoint holds it.
+
+    Only one of the two is ever on the devices.
+
+    Args:
+      cfg: model, seed, and whether there is a moving average.
+      origin: what the run begins with.
+      what: is trained.
+      tx: the optimiser.
+      mesh: where all of it goes.
+    """
+    config, axes, shapes = origin.config, param_axes(origin.config), param_shapes(origin.config)
+    if what.companion is not None:
+        axes = {"target": axes, "drafter": what.companion.axes}
+        shapes = {"target": shapes, "drafter": what.companion.shapes}
+    placed = RULES.shardings(mesh, axes, shapes)
+    key = jax.random.split(jax.random.key(cfg.seed))[1]
+
+    def load() -> Params:
+        model = _load_model(cfg, origin, mesh)
+        return model if what.companion is None else {"target": model, "drafter": what.companion.load(mesh, RULES)}
+
+    def state_of(base: Params, key) -> TrainState:
+        frozen, carry = base if what.beside else None, None if what.carry is None else what.carry.init(base)
+        return init_state(what.init(base, key), tx, seed=cfg.seed, frozen=frozen, ema=cfg.ema > 0, carry=carry)
+
+    like = jax.eval_shape(state_of, shapes, key)
+    trained = RULES.shardings(mesh, what.axes, like.params)
+    one: Any = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shardings = TrainState(
+        step=one,
+        params=trained,
+        frozen=placed if what.beside else {},
+        opt_state=shardings_like(like.opt_state, like.params, trained),
+        ema=trained if cfg.ema else {},
+        key=one,
+        skipped=one,
+        skipped_in_a_row=one,
+        carry=() if what.carry is None else RULES.shardings(mesh, what.carry.axes(param_axes(config)), like.carry),
+    )
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
+    base = load() if what.beside else None
+    make = jax.jit(state_of, out_shardings=shardings, donate_argnums=() if what.beside else 0)
+    return like._replace(frozen=base or {}), lambda: make(load() if base is None else base, key)
+
+
+def absolute_name(name: str) -> str:
+    """A path as it is from everywhere; `preset:` and `builtin:` names are none."""
+    return name if name.startswith(("preset:", "builtin:")) else str(Path(name).absolute())
+
+
 # ----------------------------------------------------------------------------------------------------------- private
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Stored:
@@ -255,14 +343,9 @@ class _Stored:
     preference: PreferenceOptions | None = None
 
 
-def _absolute(name: str) -> str:
-    """A path as it is from everywhere; `preset:` and `builtin:` names are none."""
-    return name if name.startswith(("preset:", "builtin:")) else str(Path(name).absolute())
-
-
 def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, progress: bool, fresh: bool) -> Outcome:
     # 1. What to learn, and from what.
-    recipe, origin = RECIPES[kind], _origin(cfg)
+    recipe, origin = RECIPES[kind], origin_of(cfg)
     trainable = recipe.trainable(origin, options, cfg.lora if cfg.adapters == "lora" else None)
     examples = recipe.prepare(_examples(cfg, recipe.layout(options), progress), options)
     encode = recipe.encoder(origin, options)
@@ -277,7 +360,7 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
         # 2. Where it begins: at step 0, or at the newest checkpoint that is whole.
         schedule = make_schedule(cfg.optimizer, cfg.steps)
         tx = recipe.optimizer(origin, options, cfg.optimizer, cfg.steps)
-        like, create = _begin(cfg, origin, trainable, tx, mesh)
+        like, create = begin_state(cfg, origin, trainable, tx, mesh)
         if jax.process_index() == 0:
             cfg.out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(alone(cfg.out))
@@ -342,32 +425,6 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
     return Outcome(done, done >= cfg.steps, stopped())
 
 
-def _origin(cfg: RunConfig) -> Origin:
-    name = cfg.model.removeprefix("preset:")
-    folder = None if name != cfg.model else Path(cfg.model)
-    if cfg.tokenizer is not None:
-        tokenizer = load_tokenizer(Path(cfg.tokenizer))
-    elif folder is not None:
-        tokenizer = load_tokenizer(folder)
-    else:
-        tokenizer = arithmetic_tokenizer() if cfg.data == ARITHMETIC else byte_tokenizer()
-    if folder is not None:
-        config = hf.read_config(folder)
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"train: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's table {config.vocab_size} "
-                "rows; expected a row for every id. Use the model's own tokenizer."
-            )
-    else:
-        config = dataclasses.replace(preset(name, vocab_size=tokenizer.vocab_size), eos_ids=tokenizer.eos_ids)
-    if cfg.batch.max_length > config.max_positions:
-        raise ValueError(
-            f"train: max_length={cfg.batch.max_length}; expected at most the model's {config.max_positions} positions. "
-            "Lower --batch.max-length."
-        )
-    return Origin(dataclasses.replace(config, dtype=cfg.dtype or "float32"), tokenizer, folder)
-
-
 def _examples(cfg: RunConfig, layout: Layout, progress: bool) -> Any:
     if cfg.data == ARITHMETIC:
         if layout == "steps":
@@ -425,46 +482,6 @@ def _mark_of(cfg: RunConfig, examples: Sequence[Mapping[str, Any]], encode: Enco
             labels = [] if encoded.labels is None else [encoded.labels.tolist()]
             rows.append([encoded.ids.tolist(), encoded.scored.tolist(), examples[i].get("weight"), *labels])
     return hashlib.sha256(json.dumps([cfg.seed, batch, number, rows]).encode()).hexdigest()
-
-
-def _begin(cfg: RunConfig, origin: Origin, what: Trainable, tx, mesh) -> tuple[TrainState, Callable[[], TrainState]]:
-    """The state in the abstract, its frozen parameters in fact; and how to make it, when no checkpoint holds it.
-
-    Only one of the two is ever on the devices.
-    """
-    config, axes, shapes = origin.config, param_axes(origin.config), param_shapes(origin.config)
-    if what.companion is not None:
-        axes = {"target": axes, "drafter": what.companion.axes}
-        shapes = {"target": shapes, "drafter": what.companion.shapes}
-    placed = RULES.shardings(mesh, axes, shapes)
-    key = jax.random.split(jax.random.key(cfg.seed))[1]
-
-    def load() -> Params:
-        model = _load_model(cfg, origin, mesh)
-        return model if what.companion is None else {"target": model, "drafter": what.companion.load(mesh, RULES)}
-
-    def state_of(base: Params, key) -> TrainState:
-        frozen, carry = base if what.beside else None, None if what.carry is None else what.carry.init(base)
-        return init_state(what.init(base, key), tx, seed=cfg.seed, frozen=frozen, ema=cfg.ema > 0, carry=carry)
-
-    like = jax.eval_shape(state_of, shapes, key)
-    trained = RULES.shardings(mesh, what.axes, like.params)
-    one: Any = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    shardings = TrainState(
-        step=one,
-        params=trained,
-        frozen=placed if what.beside else {},
-        opt_state=shardings_like(like.opt_state, like.params, trained),
-        ema=trained if cfg.ema else {},
-        key=one,
-        skipped=one,
-        skipped_in_a_row=one,
-        carry=() if what.carry is None else RULES.shardings(mesh, what.carry.axes(param_axes(config)), like.carry),
-    )
-    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
-    base = load() if what.beside else None
-    make = jax.jit(state_of, out_shardings=shardings, donate_argnums=() if what.beside else 0)
-    return like._replace(frozen=base or {}), lambda: make(load() if base is None else base, key)
 
 
 def _load_model(cfg: RunConfig, origin: Origin, mesh: Mesh) -> Params:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
 
 from jaxaroo.jaxlib_ext.token_kl import reference, token_kl
+from jaxaroo.jaxlib_ext.token_stats import Layout
 from jaxaroo.sharding.mesh import MeshConfig, make_mesh
 
 N, D, E, V = 37, 16, 10, 101
@@ -192,29 +194,36 @@ def test_the_backward_pass_keeps_the_inputs_themselves_and_two_numbers_a_token()
     assert (len(kept), [x.shape for x in own]) == (6, [(N,), (N,)])
 
 
-def test_tokens_and_vocabulary_over_eight_devices_give_the_same():
+@pytest.mark.parametrize("laid_out", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_tokens_and_vocabulary_over_eight_devices_give_the_same(masked, laid_out):
+    """With a layout each device for itself, without one as the compiler sees fit; tokens of a mask alone, or all."""
     args, weights = inputs(sizes=(40, D, E, 102)), jax.random.normal(jax.random.key(9), (40,))
-    want = value_and_grads(token_kl, args, weights, **TILED)
+    mask = (jnp.arange(40) % 3 > 0) & (jnp.arange(40) < 30) if masked else None
+    plain = lambda *args, **more: token_kl(*args, mask, **more)
+    among = jnp.ones(40, bool) if mask is None else mask
+    values, grads = value_and_grads(token_kl, args, jnp.where(among, weights, 0.0), **TILED)
+    layout = Layout(PartitionSpec("fsdp"), "tensor") if laid_out else None
     with jax.set_mesh(mesh := make_mesh(MeshConfig(fsdp=4, tensor=2))):
-        place = lambda x, *axes: jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
+        place = lambda x, *axes: jax.device_put(x, jax.sharding.NamedSharding(mesh, PartitionSpec(*axes)))
         split = [place(x, *axes) for x, axes in zip(args, [("fsdp",), ("tensor",)] * 2, strict=True)]
         assert all(len(x.sharding.device_set) == 8 for x in split)
-        got = value_and_grads(token_kl, split, place(weights, "fsdp"), **TILED)
-    assert_all_close(got, want, rtol=0, atol=2e-6)
+        got = value_and_grads(plain, split, place(weights, "fsdp"), layout=layout, **TILED)
+    assert_all_close(got, (jnp.where(among, values, 0.0), grads), rtol=0, atol=2e-6)
 
 
 @pytest.mark.errors
 def test_shapes_and_settings_that_cannot_be_are_refused():
     h, w, rh, rw = inputs()
-    found = r"hidden \(37, 16\), head \(101, 16\), ref_hidden \(36, 10\), ref_head \(101, 10\); expected \[N, D\], \["
+    found = r"hidden \(37, 16\), head \(101, 16\), ref_hidden \(36, 10\), ref_head \(101, 10\); expected \[\.\.\., D\]"
     with pytest.raises(ValueError, match=f"token_kl: {found}"):
         token_kl(h, w, rh[1:], rw)
     for place, wrong in enumerate([h[0], w[:, 1:], rh[:, 1:], rw[1:], h[1:], w[1:], rh[0], rw[0]]):
         args = [h, w, rh, rw]
         args[place % 4] = wrong
-        with pytest.raises(ValueError, match=r"expected \[N, D\], \[V, D\], \[N, E\], \[V, E\]"):
+        with pytest.raises(ValueError, match=r"expected \[\.\.\., D\], \[V, D\], \[\.\.\., E\], \[V, E\]"):
             token_kl(*args)
     with pytest.raises(ValueError, match="token_kl: temperature=0, softcap=None; expected numbers above 0"):
         token_kl(h, w, rh, rw, temperature=0)
-    with pytest.raises(ValueError, match="token_kl: token_tile=0, vocab_tile=8192; expected at least 1"):
+    with pytest.raises(ValueError, match="token_kl: token_tile=0, vocab_tile=4096; expected at least 1"):
         token_kl(h, w, rh, rw, token_tile=0)

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from jaxaroo.jaxlib_ext.token_stats import TokenStats, reference, token_stats
+from jaxaroo.jaxlib_ext import token_stats as module
+from jaxaroo.jaxlib_ext.token_stats import Layout, TokenStats, reference, token_stats
 
 N, D, V = 37, 16, 101
 TRANSFORMS = [{}, {"softcap": 3.0}, {"scale": 0.5, "softcap": 2.0, "temperature": 0.7}, {"temperature": 2.5}]
@@ -117,11 +119,80 @@ def test_memory_is_that_of_tiles():
     assert step.lower(*args).compile().memory_analysis().temp_size_in_bytes <= 2.2 * 2**30
 
 
+MASKS = [np.zeros(N, bool), np.ones(N, bool), np.arange(N) % 3 == 1, np.arange(N) == N - 1, np.arange(N) < 16]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("tiles", [(8, 16), (37, 101), (5, 100)])
+def test_a_mask_leaves_out_tokens_their_values_and_their_gradients(tiles, mask):
+    args, options = inputs(), dict(token_tile=tiles[0], vocab_tile=tiles[1])
+    poisoned = (jnp.where(mask[:, None], args[0], jnp.nan), *args[1:])  # nobody looks at them
+    masked = lambda h, w, y, **more: token_stats(h, w, y, jnp.asarray(mask), **options, **more)
+    got, want = masked(*poisoned, want_sum_sq=True), oracle(*args)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, np.where(mask, b, 0), atol=2e-5), got, want)
+    cotangents = [jax.random.normal(k, (N,)) for k in jax.random.split(jax.random.key(1), 3)]
+    grads = jax.jit(jax.grad(loss(masked, cotangents), argnums=(0, 1)))(*poisoned)
+    only = [jnp.where(mask, c, 0.0) for c in cotangents]
+    wanted = jax.jit(jax.grad(loss(reference, only), argnums=(0, 1)))(*args)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), grads, wanted)
+
+
+@pytest.mark.parametrize(("number", "tiles"), [(0, 0), (1, 1), (8, 1), (9, 2), (37, 5)])
+def test_tiles_without_a_token_are_skipped(number, tiles, monkeypatch):
+    """By the calls of what computes a tile, where loops are Python's."""
+    made, compute = [], module.logits_tile
+    monkeypatch.setattr(module, "logits_tile", lambda *args: made.append(1) or compute(*args))
+    h, w, y = inputs()
+    mask = jnp.asarray(np.random.default_rng(0).permutation(N) < number)
+    with jax.disable_jit():
+        token_stats(h, w, y, mask, token_tile=8, vocab_tile=26)
+        assert len(made) == 4 * tiles
+        jax.grad(lambda h: token_stats(h, w, y, mask, token_tile=8, vocab_tile=26).logp.sum())(h)
+    assert len(made) == 3 * 4 * tiles
+
+
+def test_more_dimensions_of_tokens_are_as_one():
+    h, w, y = inputs()
+    flat = token_stats(h[:36], w, y[:36], jnp.arange(36) % 2 == 0, want_sum_sq=True)
+    mask = (jnp.arange(36) % 2 == 0).reshape(2, 3, 6)
+    cut = token_stats(h[:36].reshape(2, 3, 6, D), w, y[:36].reshape(2, 3, 6), mask, want_sum_sq=True)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.reshape(-1), b), cut, flat)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "tokens", "vocab"),
+    [((8,), ("a", None), None), ((2, 4), ("a", None), "b"), ((2, 2, 2), ("a", "b"), "c"), ((2, 4), (None, "a"), "b"),
+     ((8,), (None, None), "a"), ((2, 4), (("a", "b"), None), None), ((2, 4), (None, None), ("a", "b"))],
+)  # fmt: skip
+def test_each_device_does_its_own_part(shape, tokens, vocab, masked):
+    """Oracle: one device. Masks differ from device to device, so some skip what others do not."""
+    rng = np.random.default_rng(1)
+    h, w = rng.normal(size=(8, 6, D)).astype(np.float32), rng.normal(size=(104, D)).astype(np.float32)
+    y, mask = rng.integers(0, 104, (8, 6)), jnp.asarray(rng.random((8, 6)) < np.linspace(0, 1, 8)[:, None])
+    cotangents = rng.normal(size=(3, 8, 6)).astype(np.float32)
+
+    def total(h, w, layout):
+        options = dict(token_tile=4, vocab_tile=16, softcap=4.0, want_sum_sq=True, layout=layout)
+        stats = token_stats(h, w, y, mask if masked else None, **options)
+        return sum(jnp.sum(c * s) for c, s in zip(cotangents, stats, strict=False)), stats
+
+    step = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True), static_argnums=2)
+    want = step(h, w, None)
+    axes = "abc"[: len(shape)]
+    mesh = jax.make_mesh(shape, tuple(axes), axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
+    with jax.set_mesh(mesh):
+        got = step(h, w, Layout(PartitionSpec(*tokens), vocab))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), got, want)
+
+
 @pytest.mark.errors
 def test_shapes_and_settings_that_cannot_be_are_refused():
     h, w, y = inputs()
     with pytest.raises(ValueError, match=r"hidden \(37, 15\), head \(101, 16\)"):
         token_stats(h[:, :-1], w, y)
+    with pytest.raises(ValueError, match=r"mask \(36,\), targets \(37,\)"):
+        token_stats(h, w, y, jnp.ones(N - 1, bool))
     with pytest.raises(ValueError, match="temperature=0"):
         token_stats(h, w, y, temperature=0)
     with pytest.raises(ValueError, match="softcap=-1"):

@@ -297,6 +297,13 @@ def test_a_mixed_reference_takes_its_share_at_its_steps_and_of_the_model_alone()
             np.testing.assert_array_equal(new["reference"]["w"], wanted, err_msg=f"{objective} {step}")
 
 
+def test_an_objectives_own_network_begins_from_the_seed_and_the_model_as_it_is():
+    parts = preference.trainable_parts(CFG, PreferenceOptions(objective="sparsepo"), None)
+    one, other = (parts.init({"w": jnp.ones(3)}, jax.random.key(seed)) for seed in (1, 2))
+    np.testing.assert_array_equal(one["model"]["w"], np.ones(3))
+    assert (one["network"]["u"]["unit"] != other["network"]["u"]["unit"]).any()
+
+
 @pytest.mark.optimizer
 def test_a_step_that_is_skipped_leaves_what_goes_along_as_it_was():
     """Oracle: by hand; the carry enters the loss, and follows parameters, metrics and counts of the good steps."""

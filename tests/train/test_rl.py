@@ -122,7 +122,7 @@ def test_rewarded_answers_become_likelier(model, tmp_path, name):
         asked = [PROBLEMS[i]["right"] for i in problem_indices(0, r["step"] - 1, 2, 4)]
         np.testing.assert_allclose(r["reward"], np.mean([share[token] for token in asked]))
     assert (told[0]["tokens"], told[0]["sequences"], told[0]["ratio/max"]) == (20, 8, 1)
-    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"config.yaml", "model", "reward.png", "checkpoints"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"rl.yaml", "model", "reward.png", "checkpoints"}
 
 
 def test_groups_of_equal_rewards_change_nothing(model, tmp_path):
@@ -274,9 +274,6 @@ def test_settings_and_problems_have_to_be_those_it_was_begun_with(model, tmp_pat
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")
     with pytest.raises(FileExistsError, match="holds other files"):
-        run_rl(settings(model, tmp_path / "other"), RlOptions(), online())
-    (tmp_path / "other" / "config.yaml").write_text("kind: sft\n")
-    with pytest.raises(FileExistsError, match="a run of another kind"):
         run_rl(settings(model, tmp_path / "other"), RlOptions(), online())
 
 

@@ -207,7 +207,7 @@ def test_finished_runs_are_left_alone_and_resume_needs_a_run(undisturbed, tmp_pa
         FileExistsError, match=r"holds a run; expected a new or empty folder. Go on with `jaxaroo train"
     ):
         run.start("sft", settings(undisturbed))
-    with pytest.raises(FileNotFoundError, match="expected the --out folder of a run"):
+    with pytest.raises(FileNotFoundError, match=r"expected the --out folder of a run\. Those of `train rl`, "):
         run.resume(tmp_path)
 
 

@@ -1,21 +1,23 @@
 """The shared forward pass: what a model says of the targets of a batch, without `[B, T, V]` logits."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import Array, Bool, Float
 
-from ...jaxlib_ext.token_stats import token_stats
+from ...jaxlib_ext.token_kl import token_kl
+from ...jaxlib_ext.token_stats import Layout, TokenStats, token_stats
 from ...models.decoder import DecoderConfig, Params, Remat, forward
-from ...sharding.rules import REPLICATED, Rules
+from ...sharding.rules import REPLICATED, Rules, divisible
 from ..data.pipeline import Batch
 
 
 class Scores(NamedTuple):
-    """Of every target, prompts and padding included: objectives mask."""
+    """Of every target of the batch's mask; 0 at the others, whose logits nobody computes."""
 
     logp: Float[Array, "B T"]  # natural logarithm of its probability
     entropy: Float[Array, "B T"]  # in nats, of the distribution it was scored under
-    hidden: Float[Array, "B T D"]  # behind the final norm
+    hidden: Float[Array, "B T D"]  # behind the final norm, of every token
     log_sum_sq: Float[Array, "B T"] | None = None  # log sum_v p_v^2, without gradient; None if nobody asked
     lse: Float[Array, "B T"] | None = None  # log sum_v e^{z_v} of the logits
     states: tuple[Float[Array, "B T D"], ...] = ()  # those asked for by `collect`
@@ -62,14 +64,48 @@ def score_targets(
       squares: also how much of the distribution is in few tokens.
       collect: states to give back, as `forward` counts them.
     """
-    B, T = batch.tokens.shape
     positions, mask = batch.positions, segment_mask(batch)
     seen = dict(key_positions=positions, remat=remat, rules=rules, collect=collect)
     out = forward(cfg, params, batch.tokens, positions, mask, **seen)  # type: ignore[arg-type]
-    hidden = out.hidden
-    table = output_table(cfg, params).astype(hidden.dtype)
-    targets = batch.targets.reshape(-1)
-    stats = token_stats(hidden.reshape(B * T, -1), table, targets, want_sum_sq=squares)
-    square = stats.log_sum_sq.reshape(B, T) if squares and stats.log_sum_sq is not None else None
-    cut = lambda x: x.reshape(B, T)
-    return Scores(cut(stats.logp), cut(stats.entropy), hidden, square, cut(stats.lse), out.collected)
+    stats = target_stats(out.hidden, output_table(cfg, params), batch, rules=rules, want_sum_sq=squares)
+    return Scores(stats.logp, stats.entropy, out.hidden, stats.log_sum_sq, stats.lse, out.collected)
+
+
+def target_stats(
+    hidden: Float[Array, "B T D"], table: Float[Array, "V D"], batch: Batch, *, rules: Rules, **more: Any
+) -> TokenStats:
+    """`token_stats` at the targets of a batch's mask, each device for its own tokens and part of the vocabulary.
+
+    Args:
+      hidden: states behind the final norm.
+      table: the output embedding, of whatever type.
+      batch: its targets and mask.
+      rules: where tokens and vocabulary lie on the mesh that is set.
+      more: options of `token_stats`.
+    """
+    layout = layout_of(rules, hidden, table)
+    return token_stats(hidden, table.astype(hidden.dtype), batch.targets, batch.mask, layout=layout, **more)
+
+
+def target_kl(
+    hidden: Float[Array, "B T D"],
+    table: Float[Array, "V D"],
+    ref_hidden: Float[Array, "B T E"],
+    ref_table: Float[Array, "V E"],
+    batch: Batch,
+    *,
+    rules: Rules,
+) -> Float[Array, "B T"]:
+    """KL(reference || policy) over the whole vocabulary, at the targets of a batch's mask and 0 elsewhere."""
+    tables = table.astype(hidden.dtype), ref_table.astype(ref_hidden.dtype)
+    return token_kl(hidden, tables[0], ref_hidden, tables[1], batch.mask, layout=layout_of(rules, hidden, table))
+
+
+def layout_of(rules: Rules, hidden: Float[Array, "B T D"], table: Float[Array, "V D"]) -> Layout | None:
+    """Where tokens and vocabulary lie; None where no mesh is set, or nothing is shared out."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return None
+    tokens = divisible(rules.spec("batch", "seq"), hidden.shape[:2], mesh.shape, "targets")
+    vocab = divisible(rules.spec("vocab"), table.shape[:1], mesh.shape, "output embedding")[0]
+    return Layout(tokens, vocab)

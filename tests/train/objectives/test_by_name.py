@@ -321,7 +321,11 @@ def test_losses_of_tokens_are_means_over_tokens():
     )
     cfg = OBJECTIVES["asft"].config
     wanted = of(lambda p, r: -np.exp(p) * p + cfg.lam * (p - r) ** 2)  # the divergence that `evaluate` makes up
-    np.testing.assert_allclose(evaluate("asft", *arrays, cfg)[0], wanted, rtol=1e-5)
+    value, metrics, _ = evaluate("asft", *arrays, cfg)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    plain = lambda f: sum(f(p, r).sum() for p, r, _ in tokens) / number  # metrics know no weights
+    np.testing.assert_allclose(metrics["kl"], plain(lambda p, r: (p - r) ** 2), rtol=1e-5)
+    np.testing.assert_allclose([metrics["nll"], metrics["entropy"]], [plain(lambda p, r: -p)] * 2, rtol=1e-5)
     cfg = dataclasses.replace(OBJECTIVES["fsft"].config, f="hellinger")
     np.testing.assert_allclose(
         evaluate("fsft", *arrays, cfg)[0], of(lambda p, r: -(1 - 1 / (1 + 0.1 * (p - r)))), rtol=1e-4

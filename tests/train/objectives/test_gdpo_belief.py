@@ -101,6 +101,8 @@ def test_terms_are_those_of_a_loop():
         np.testing.assert_allclose(terms[name].weight[there], [0.5])
     np.testing.assert_allclose(np.asarray(metrics["rewards/margins"].value)[there], [0.7 * (r[0] - r[1])], rtol=1e-5)
     np.testing.assert_allclose(np.asarray(metrics["belief/kl"].value)[there], [wanted["calibration"] / 0.6], rtol=1e-5)
+    gap = abs(np.exp(b[1, 1]) - HELD[1])  # of the accepted one
+    np.testing.assert_allclose(np.asarray(metrics["belief_gap"].value)[there], [gap], rtol=1e-5)
     assert np.asarray(metrics["length/chosen"].value)[there] == 2  # of the answer alone
 
     def total(logp):

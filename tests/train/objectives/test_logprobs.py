@@ -1,6 +1,7 @@
 """Scores of packed rows are those of each example alone; oracle: dense log-softmax in float64."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 
 from jaxaroo.jaxlib_ext.token_stats import token_stats
-from jaxaroo.models.decoder import DecoderConfig, Model, init_params, logits
+from jaxaroo.models.decoder import DecoderConfig, Model, init_params, logits, param_axes
+from jaxaroo.sharding.mesh import MeshConfig, make_mesh
+from jaxaroo.sharding.rules import FSDP_TP, FSDP_TP_SEQ, REPLICATED
 from jaxaroo.train.data.pipeline import Batch
 from jaxaroo.train.objectives.logprobs import score_targets
 
@@ -25,8 +28,10 @@ def packed(examples=EXAMPLES, length=24):
             n = len(examples[i]) - 1
             out["tokens"][r, at : at + n], out["targets"][r, at : at + n] = examples[i][:-1], examples[i][1:]
             out["positions"][r, at : at + n], out["segments"][r, at : at + n] = np.arange(n), number
+            out["mask"][r, at + n // 3 : at + n] = 1  # in front of it is the prompt
             at += n
-    return Batch(**{name: jnp.asarray(x) for name, x in out.items()})
+    batch = Batch(**{name: jnp.asarray(x) for name, x in out.items()})
+    return batch._replace(mask=batch.mask == 1)
 
 
 def places():
@@ -43,12 +48,14 @@ def test_scores_are_those_of_each_example_alone(changes):
     cfg = dataclasses.replace(CFG, **changes)
     params = init_params(cfg, jax.random.key(0))
     scores = score_targets(cfg, params, packed())
+    mask = np.asarray(packed().mask)
+    assert 0 < mask.sum() < mask.size
     for row, place, i in places():
         z = np.asarray(logits(Model(cfg, params), jnp.asarray(EXAMPLES[i][None, :-1])), np.float64)[0]
         p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
-        want = np.log(p[np.arange(len(p)), EXAMPLES[i][1:]])
-        np.testing.assert_allclose(scores.logp[row, place], want, rtol=0, atol=2e-6)
-        np.testing.assert_allclose(scores.entropy[row, place], -(p * np.log(p)).sum(-1), rtol=0, atol=2e-6)
+        want, own = np.log(p[np.arange(len(p)), EXAMPLES[i][1:]]), mask[row, place]
+        np.testing.assert_allclose(scores.logp[row, place], want * own, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(scores.entropy[row, place], -(p * np.log(p)).sum(-1) * own, rtol=0, atol=2e-6)
 
 
 def test_nothing_flows_between_examples_of_a_row_nor_from_later_tokens_nor_padding():
@@ -76,10 +83,43 @@ def test_nothing_flows_between_examples_of_a_row_nor_from_later_tokens_nor_paddi
 def test_half_precision_computes_in_half_and_scores_in_single():
     cfg = dataclasses.replace(CFG, dtype="bfloat16")
     params = init_params(cfg, jax.random.key(0))
-    scores = score_targets(cfg, params, packed())
+    batch = packed()
+    scores = score_targets(cfg, params, batch)
     assert (scores.hidden.dtype, scores.logp.dtype) == (jnp.bfloat16, jnp.float32)
-    half = token_stats(scores.hidden.reshape(-1, 16), params["head"].astype(jnp.bfloat16), packed().targets.ravel())
-    np.testing.assert_array_equal(scores.logp.ravel(), half.logp)  # the table too is in half
+    half = token_stats(scores.hidden, params["head"].astype(jnp.bfloat16), batch.targets, batch.mask)
+    np.testing.assert_array_equal(scores.logp, half.logp)  # the table too is in half
+    assert half.logp.any()
     exact = score_targets(CFG, params, packed())
     row, place, _ = next(places())
     np.testing.assert_allclose(scores.logp[row, place], exact.logp[row, place], rtol=0, atol=0.05)
+
+
+MESHES = [dict(data=2, fsdp=4), dict(fsdp=2, tensor=4), dict(data=2, tensor=2, sequence=2)]
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_devices_score_their_own_tokens_and_nobody_elses(shape):
+    """Losses and gradients of one device; and no device is sent the states or the table of others."""
+    cfg = dataclasses.replace(CFG, vocab_size=20 * 1024, num_heads=4, num_kv_heads=4)
+    params = init_params(cfg, jax.random.key(0))
+    batch = jax.tree.map(lambda x: jnp.concatenate([x] * 4), packed())
+
+    def loss(params, batch, rules):
+        scores = score_targets(cfg, params, batch, rules=rules)
+        return jnp.sum(jnp.sin(scores.logp) * jnp.cos(scores.entropy) * jnp.exp(-scores.lse / 9))
+
+    step = jax.value_and_grad(loss)
+    want = jax.jit(step, static_argnums=2)(params, batch, REPLICATED)
+    rules = FSDP_TP_SEQ if "sequence" in shape else FSDP_TP
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **shape}))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, rules.shardings(mesh, param_axes(cfg), params))
+        rows = jax.sharding.NamedSharding(mesh, rules.spec("batch", "seq"))
+        program = jax.jit(step, static_argnums=2).lower(placed, jax.device_put(batch, rows), rules).compile()
+        got = program(placed, jax.device_put(batch, rows))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), got, want)
+    text, ways = program.as_text(), mesh.size // mesh.shape["tensor"]
+    vocab = cfg.vocab_size // mesh.shape["tensor"]
+    tokens = batch.tokens.size // ways
+    made = set(re.findall(rf"f32\[(\d+),{min(4096, vocab)}\]\S* dot\(", text))
+    assert made == {str(tokens)}  # tiles of logits: tokens of one device, rows of one part of the vocabulary

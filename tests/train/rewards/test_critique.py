@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxaroo.train.rewards.critique import CritiqueConfig, critique
+from jaxaroo.train.rewards.critique import CritiqueConfig, ask_actor, ask_critic, critique, read_verdict
 
 FLAGS = [*itertools.product([False, True], repeat=4)]  # verdict, correct, malformed, refined
 VERDICT, CORRECT, MALFORMED, REFINED = (list(column) for column in zip(*FLAGS, strict=True))
@@ -54,3 +54,47 @@ def test_missing_flags_and_settings_that_mean_nothing_are_refused():
     for bad in (dict(stage=3), dict(verdict_weight=-0.1), dict(malformed=0.0)):
         with pytest.raises(ValueError, match=f"CritiqueConfig.{next(iter(bad))}"):
             CritiqueConfig(**bad)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("Fine. The answer is right.", True),
+        ("The answer is wrong. No: The answer is right.\nExplanation: ...", True),
+        ("The answer is right. No: The answer is wrong.", False),
+        ("the answer is right", None),
+        ("", None),
+    ],
+)
+def test_the_verdict_that_stands_last_counts(text, says):
+    assert read_verdict(text) is says
+
+
+def test_prompts_are_of_the_questions_kind_and_texts_are_never_filled_in():
+    cfg = CritiqueConfig(right="YES", wrong="NO", ask=r"\frac{1}{2} {question}|{attempt}|{right}{wrong}|{critique}")
+    asked = ask_critic("{attempt}?\n", "{question}", cfg)
+    assert asked == r"\frac{1}{2} {attempt}?|{question}|YESNO|{critique}"  # nobody has criticised it yet
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q\n"}]
+    cfg = CritiqueConfig(refine="{critique}/{attempt}/{question}")
+    assert ask_actor(chat, "a", "{right}", cfg) == [chat[0], {"role": "user", "content": "{right}/a/q"}]
+    assert ask_actor("q", "a", "c", cfg) == "c/a/q"
+    for default in (ask_critic("Q", "A"), ask_actor("Q", "A", "C")):
+        assert "Q" in default
+        assert "A\n" in default
+    assert CritiqueConfig().right in ask_critic("Q", "A")
+
+
+@pytest.mark.errors
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (dict(right="right", wrong="not right"), "neither of them a part of the other"),
+        (dict(wrong=""), "neither of them"),
+        (dict(ask="{question}"), r"CritiqueConfig.ask: .* without {attempt}"),
+        (dict(refine="{question}{attempt}"), r"CritiqueConfig.refine: .* without {critique}"),
+        (dict(refine_tokens=0), "refine_tokens: found 0"),
+    ],
+)
+def test_words_that_mean_nothing_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        CritiqueConfig(**bad)
