@@ -3,10 +3,11 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from ..infer.speculative.settings import SpeculationConfig
 from . import critique
 from .output import UsageError
 from .rounds import answered, read_problems
@@ -33,6 +34,8 @@ def rl_command(args: list[str]) -> Callable[..., int]:
         *,
         settings: Annotated[RlConfig, tyro.conf.arg(name="")] = default,
         options: Annotated[RlOptions, tyro.conf.arg(name="")] = RlOptions(),
+        speculation: Annotated[SpeculationConfig, tyro.conf.arg(name="")] = SpeculationConfig(),
+        speculate: Literal["auto", "on", "off"] = "auto",
         config: Path | None = None,
     ) -> int:
         """Train.
@@ -40,9 +43,12 @@ def rl_command(args: list[str]) -> Callable[..., int]:
         Args:
           settings: of the run.
           options: the algorithm and its rewards.
+          speculation: draft answers, and let the policy judge them: by the rule `coupled`, under which they are the
+            same. So this may differ from stop to stop.
+          speculate: whether to draft; auto does so while it is faster than plain decoding.
           config: YAML file of settings of the run; what is given here as well wins.
         """
-        return _go(settings, options)
+        return _go(settings, options, speculation, speculate)
 
     command.__doc__ = (command.__doc__ or "").replace("Train.", SUMMARIES["rl"], 1)
     return command
@@ -53,7 +59,7 @@ def train_rl() -> int:
     raise AssertionError("`main` puts what `rl_command` makes in this place")
 
 
-def make_online(settings: Any, options: Any) -> Any:
+def make_online(settings: Any, options: Any, speculation: Any = None, speculate: Any = "auto") -> Any:
     """Problems, the decode engine as sampler, rewards and evaluation, for `train.rl.run_rl`.
 
     The engine is made at the first call and takes new weights at every further one. Each problem of a step has a seed
@@ -62,13 +68,22 @@ def make_online(settings: Any, options: Any) -> Any:
     Args:
       settings: `train.rl.RlConfig`.
       options: `train.algorithms.RlOptions`; each of its rewards becomes a function.
+      speculation: `SpeculationConfig`; answers are drafted if it names a drafter.
+      speculate: as for the engine.
     """
     from ..infer.engine import Engine
     from ..infer.sampling import Sampling
+    from ..infer.speculative.load import load_speculation
     from ..train.labels.monte_carlo import step_seed
     from ..train.rl import Online, read_origin
 
-    tokenizer = read_origin(settings).tokenizer
+    origin = read_origin(settings)
+    tokenizer = origin.tokenizer
+    drafting = None if speculation is None else load_speculation(speculation, origin.config, tokenizer)
+    if drafting is not None and drafting.verifier.name != "coupled":
+        raise ValueError(
+            f"train rl: verifier {drafting.verifier.name}; expected coupled, under which drafts change no answer."
+        )
     size, read = _problems_of(settings, options, settings.data)
     tests = _tests(settings, options)
     if any(name in ("outcome", "truthrl") for name in options.reward) and size is not None:
@@ -83,7 +98,8 @@ def make_online(settings: Any, options: Any) -> Any:
             engines[0].update_weights(policy.params)
         else:
             sizes: Any = dict(max_len=settings.max_length, max_seqs=settings.max_seqs)
-            engines.append(Engine(policy, tokenizer, logprobs_mode="processed", **sizes))
+            how: Any = dict(logprobs_mode="processed", speculation=drafting, speculate=speculate)
+            engines.append(Engine(policy, tokenizer, **how, **sizes))
         return engines[0]
 
     def sample(policy: Any, problems: Sequence[Mapping[str, Any]], step: int) -> list[list[Any]]:
@@ -234,7 +250,7 @@ def _check_lengths(settings: Any, tokenizer: Any, data: str | None, rows: Sequen
             )
 
 
-def _go(settings: Any, options: Any) -> int:
+def _go(settings: Any, options: Any, speculation: Any, speculate: Any) -> int:
     import dataclasses
 
     from ..train.rl import resolve, run_rl
@@ -245,7 +261,7 @@ def _go(settings: Any, options: Any) -> int:
     if actor := options.critique.actor:
         named = dataclasses.replace(options.critique, actor=str(Path(actor).absolute()))
         options = dataclasses.replace(options, critique=named)
-    outcome = run_rl(settings, options, make_online(settings, options), progress=True)
+    outcome = run_rl(settings, options, make_online(settings, options, speculation, speculate), progress=True)
     if outcome.finished:
         print(
             f"step {outcome.step}: wrote {settings.out / 'model'}, curve in {settings.out / 'reward.png'}",

@@ -28,7 +28,19 @@ hypothesis.settings.register_profile("jaxaroo", derandomize=True, deadline=None,
 hypothesis.settings.load_profile("jaxaroo")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--first-of-each", action="store_true", help="of a parametrised test only its first parameters")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--first-of-each"):
+        seen, kept, others = set(), [], []
+        for item in items:
+            name = item.path, getattr(item, "cls", None), getattr(item, "originalname", item.name)
+            (others if name in seen else kept).append(item)
+            seen.add(name)
+        config.hook.pytest_deselected(items=others)
+        items[:] = kept
     if jax.default_backend() == "cpu":
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -12,6 +12,7 @@ import pytest
 
 from jaxaroo.cli import rl
 from jaxaroo.cli.rl import make_online, make_reward
+from jaxaroo.infer import engine
 from jaxaroo.infer.guided.best_of_n import aggregate
 from jaxaroo.infer.step_scores import Solution, score_solutions
 from jaxaroo.models import hf, reward
@@ -117,6 +118,26 @@ def test_a_policy_learns_which_of_its_answers_are_right(run, home, tmp_path):
         results = engine.generate([r["prompt"] for r in rows], Sampling(temperature=0.0, max_tokens=5))
     correct = [res.outputs[0].text == f"ans {r['answer']}" for res, r in zip(results, rows, strict=True)]
     assert np.mean(correct) == last["greedy_accuracy"]
+
+
+def test_drafted_answers_are_the_same_answers(run, home, tmp_path, monkeypatch):
+    """Drafted by the policy as it began, judged by coupling."""
+    made, Engine = [], engine.Engine
+    monkeypatch.setattr(engine, "Engine", lambda *args, **more: made.append(Engine(*args, **more)) or made[-1])
+    more = ("--data", home / "problems.jsonl", "--steps", 3, "--samples", 4)
+    assert train(run, home, tmp_path / "plain", *more)[0] == 0
+    assert (
+        train(run, home, tmp_path / "drafted", *more, "--drafter", home / "run" / "model", "--speculate", "on")[0] == 0
+    )
+    assert [len(e.emitted_per_step()) > 2 for e in made] == [False, True]
+    assert sum(made[1].emitted_per_step()[2:]) > 0  # some drafts were taken
+    assert weights(tmp_path / "drafted") == weights(tmp_path / "plain")
+    rounded = lambda told: [{k: round(v, 4) for k, v in r.items()} for r in told]
+    assert rounded(records(tmp_path / "drafted")) == rounded(records(tmp_path / "plain"))
+    status, _, err = train(
+        run, home, tmp_path / "lossy", *more, "--drafter", home / "run" / "model", "--verifier", "rejection"
+    )
+    assert (status, "verifier rejection; expected coupled" in err) == (1, True)
 
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(run, home, tmp_path, monkeypatch):

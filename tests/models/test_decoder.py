@@ -28,7 +28,7 @@ from jaxaroo.models.decoder import (
     stack_layers,
     unstack_layers,
 )
-from jaxaroo.sharding.rules import FSDP_TP
+from jaxaroo.sharding.rules import FSDP_TP, FSDP_TP_SEQ
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 OURS = ["llama3_rope", "llama_bias", "llama_bf16", "llama_f16", "mistral_window", "qwen2_mixed", "qwen3"]
@@ -207,6 +207,40 @@ def test_no_token_sees_a_later_one_nor_one_behind_its_window():
     reach = np.abs(grad).sum(-1) > 0  # [query, key]
     offset = np.arange(T)[:, None] - np.arange(T)[None]
     np.testing.assert_array_equal(reach, (offset >= 0) & (offset < cfg.window))
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 300, 1100])
+def test_attention_in_blocks_is_attention(length):
+    """Values and gradients, of several examples in a row too; blocks of 128 and, of 1,100 rows, of 138."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, c = (jax.random.normal(key, (2, length, n, 4)) for key, n in zip(keys, (4, 2, 2, 4), strict=True))
+    at, of = jnp.arange(length), jnp.arange(length) // 90
+    mask = (at[:, None] >= at[None]) & (of[:, None] == of[None])
+    mask = jnp.stack([mask, at[:, None] >= at[None]])
+    step = lambda f: jax.value_and_grad(lambda *qkv: (f(*qkv, mask) * c).sum(), argnums=(0, 1, 2))
+    got, want = (jax.jit(step(f))(q, k, v) for f in (decoder.attend_in_order, decoder.attend))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), got, want)
+
+
+@pytest.mark.parametrize(("length", "share"), [(256, 0.75), (512, 0.625), (1024, 0.5625), (4096, 0.5625)])
+def test_keys_behind_a_block_of_queries_are_not_multiplied(length, share):
+    """By the compiler's count; the last block ends with the row, so of 8 blocks it is 9 / 16 of the whole."""
+    shapes = [jax.ShapeDtypeStruct((1, length, 4, 32), jnp.float32)] * 3 + [
+        jax.ShapeDtypeStruct((1, length, length), bool)
+    ]
+    flops = lambda f: jax.jit(f).lower(*shapes).compile().cost_analysis()["flops"]
+    assert flops(decoder.attend_in_order) == pytest.approx(share * flops(decoder.attend), rel=0.02)
+
+
+@pytest.mark.parametrize(("sizes", "whole"), [((1, 1, 1, 8), True), ((2, 2, 2, 1), False)])
+def test_rows_that_are_shared_out_are_not_cut(sizes, whole, monkeypatch):
+    asked, attend = [], decoder.attend
+    monkeypatch.setattr(decoder, "attend", lambda q, k, *rest: asked.append(k.shape[1]) or attend(q, k, *rest))
+    tokens, positions = batch(8, 256)
+    mesh = Mesh(np.array(jax.devices()).reshape(sizes), ("data", "fsdp", "tensor", "sequence"))
+    with jax.set_mesh(mesh):
+        jax.eval_shape(lambda p: forward(CFG, p, tokens, positions, rules=FSDP_TP_SEQ), unstack_layers(model().params))
+    assert asked == ([256] if whole else [128, 256]) * CFG.num_layers
 
 
 def test_padding_on_either_side_changes_nothing():

@@ -77,6 +77,13 @@ def test_an_activation_that_does_not_divide_is_replicated_along_that_dimension(c
     np.testing.assert_array_equal(got, x)
 
 
+def test_an_axis_is_shared_out_where_its_mesh_axes_have_more_than_one_device():
+    assert not FSDP_TP.shares_out(("data", "fsdp"))  # no mesh
+    with jax.set_mesh(Mesh(np.array(jax.devices()[:2]).reshape(2, 1), ("fsdp", "tensor"))):
+        said = [FSDP_TP.shares_out(axis) for axis in (("data", "fsdp"), "fsdp", "tensor", "sequence", None)]
+    assert said == [True, True, False, False, False]
+
+
 def test_a_tree_of_names_becomes_a_tree_of_shardings():
     names = {"a": ("vocab", "embed"), "b": {"c": ("embed",)}, "d": (), "layers": ({"e": ("ffn", None)}, {"e": (None,)})}
     got = FSDP_TP.shardings(mesh(), names)
