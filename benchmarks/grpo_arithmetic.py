@@ -1,12 +1,14 @@
 """Does GRPO raise a policy's accuracy within ten minutes on a laptop's two cores?
 
-Trains `preset:tiny` on the embedded task, with fewer steps than it would need, so that it is right about half of the
-time; lets it learn from its own answers with `jaxaroo train rl`, rewarded 1 where the final answer is right and 0
-elsewhere; and asks the model, before and after, 500 problems that neither has seen: once greedily, and four times at
-temperature 1. Problems of training and test share nothing but their generator.
+Trains `preset:tiny` on solutions of the embedded task of which half have a slip, as a policy is trained on what people
+wrote, so it learns to be wrong about half of the time; lets it learn from its own answers with `jaxaroo train rl`,
+rewarded 1 where the final answer is right and 0 elsewhere; and asks the model, before and after, 500 problems that it
+has never seen: once greedily, and four times at temperature 1. Problems of the three kinds share nothing but their
+generator.
 
     python -m benchmarks.grpo_arithmetic
-    python -m benchmarks.grpo_arithmetic --algorithm tempo --steps 200 --name grpo-arithmetic-tempo-cpu
+    python -m benchmarks.grpo_arithmetic --wrong 0 --sft-steps 2200       (a policy that has not learned enough)
+    python -m benchmarks.grpo_arithmetic --algorithm tempo --name grpo-arithmetic-tempo-cpu
 """
 
 import argparse
@@ -18,6 +20,8 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.policy import SETTINGS, command
+from jaxaroo.train.data.arithmetic import arithmetic_tokenizer
+from jaxaroo.train.labels.truth import ArithmeticSolutions, SolutionsConfig
 
 TASK = ("--data", "builtin:arithmetic")
 SAMPLES, TESTED = 4, 500
@@ -26,10 +30,11 @@ SAMPLES, TESTED = 4, 500
 def main() -> None:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("--algorithm", default="grpo")
-    args.add_argument("--sft-steps", type=int, default=2200)
-    args.add_argument("--steps", type=int, default=400)
-    args.add_argument("--groups", type=int, default=16)
-    args.add_argument("--samples", type=int, default=8)
+    args.add_argument("--wrong", type=float, default=0.5, help="share of the solutions with a slip")
+    args.add_argument("--sft-steps", type=int, default=3700)
+    args.add_argument("--steps", type=int, default=100)
+    args.add_argument("--groups", type=int, default=32)
+    args.add_argument("--samples", type=int, default=16)
     args.add_argument("--learning-rate", type=float, default=1e-4)
     args.add_argument("--seed", type=int, default=0)
     args.add_argument("--policy", type=Path, help="folder of a model to begin with; trained here when not given")
@@ -37,15 +42,22 @@ def main() -> None:
     opts = args.parse_args()
     settings = f"""
         --algorithm {opts.algorithm} --steps {opts.steps} --groups {opts.groups} --samples {opts.samples}
-        --seed {opts.seed} --max-new-tokens 64 --max-length 128 --max-seqs {opts.groups * opts.samples}
+        --seed {opts.seed} --packing --max-new-tokens 64 --max-length 256 --max-seqs {opts.groups * opts.samples}
         --checkpoint.every 100 --optimizer.learning-rate {opts.learning_rate} --optimizer.warmup-steps 10
     """.split()
-    result: dict[str, Any] = {"benchmark": "grpo_arithmetic", "settings": settings, "sft_steps": opts.sft_steps}
+    result: dict[str, Any] = {
+        "benchmark": "grpo_arithmetic",
+        "settings": settings,
+        "sft_steps": opts.sft_steps,
+        "wrong": opts.wrong,
+    }
     result |= {"environment": record.environment()}
     with tempfile.TemporaryDirectory() as folder:
         policy, out = opts.policy, Path(folder) / "rl"
         if policy is None:
-            command("train", "sft", *SETTINGS, "--steps", opts.sft_steps, "--out", Path(folder) / "sft")
+            data = ("--data", write_solutions(Path(folder), opts), "--tokenizer", Path(folder) / "tokenizer")
+            given = [x for x in SETTINGS if x not in TASK]
+            command("train", "sft", *given, *data, "--steps", opts.sft_steps, "--out", Path(folder) / "sft")
             policy = Path(folder) / "sft" / "model"
         result["before"] = accuracy(policy)
         print(f"before: {told(result['before'])}", flush=True)
@@ -63,6 +75,17 @@ def main() -> None:
         result["after"] = accuracy(out / "model")
     print(f"after {result['training_seconds']:.0f} s of {opts.algorithm}: {told(result['after'])}")
     record.save(opts.name, result)
+
+
+def write_solutions(folder: Path, opts: argparse.Namespace) -> Path:
+    """As many as are seen, of problems behind those of `train rl`; and the tokenizer of the task."""
+    made = ArithmeticSolutions(SolutionsConfig(wrong=opts.wrong, seed=opts.seed))
+    rows = (made[500_000 + i] for i in range(16 * opts.sft_steps))
+    lines = [json.dumps({"prompt": row["prompt"], "completion": "\n".join(row["steps"])}) + "\n" for row in rows]
+    (folder / "tokenizer").mkdir()
+    arithmetic_tokenizer().save(folder / "tokenizer")
+    (folder / "solutions.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder / "solutions.jsonl"
 
 
 def accuracy(model: Path) -> dict[str, Any]:
