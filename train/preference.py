@@ -357,7 +357,7 @@ def make_loss(
 
 
 def id_logps(config: DecoderConfig, params: Params, policy: Scores, ids: Sequence[int]) -> jax.Array:
-    """Log-probabilities of some tokens where each target is predicted, over the whole vocabulary; [B, T, K]."""
+    """Log-probabilities of some tokens where each scored target is predicted, over the whole vocabulary; [B, T, K]."""
     assert policy.lse is not None
     rows = output_table(config, params)[jnp.asarray(ids)].astype(policy.hidden.dtype)
     z = jnp.einsum("btd,kd->btk", policy.hidden, rows, preferred_element_type=jnp.float32)

@@ -27,7 +27,7 @@ from jaxaroo.train.objectives.by_name import sparsepo_terms
 from jaxaroo.train.objectives.d2o import D2oConfig
 from jaxaroo.train.objectives.dpo import DpoConfig
 from jaxaroo.train.objectives.kto import KtoConfig
-from jaxaroo.train.objectives.logprobs import score_targets
+from jaxaroo.train.objectives.logprobs import output_table, score_targets, target_kl
 from jaxaroo.train.objectives.sequences import View
 from jaxaroo.train.objectives.sparsepo import SparsepoConfig, activation_mask
 from jaxaroo.train.objectives.unlearn import UnlearnConfig
@@ -269,11 +269,16 @@ def test_a_loss_hands_on_the_divergence_the_ids_and_the_states_of_the_models_it_
             found.append(z - np.logaddexp.reduce(z, axis=-1, keepdims=True))
     score = jax.jit(lambda w: score_targets(CFG, w, batch, collect=(1, 2)))
     policy, reference = score(params["a"]), score(params["b"])
-    kl = preference.divergence(CFG, params["a"], policy, params["b"], reference)
+    tables = [output_table(CFG, params[name]) for name in ("a", "b")]
+    kl = target_kl(policy.hidden, tables[0], reference.hidden, tables[1], batch, rules=REPLICATED)
+    mask = np.asarray(batch.mask)
+    assert not np.asarray(kl)[~mask].any()
     some = preference.id_logps(CFG, params["a"], policy, (7, 50, 3))
     for at, a, b in zip(sides, p, q, strict=True):
-        np.testing.assert_allclose(kl[0, at], (np.exp(b) * (b - a)).sum(-1), rtol=2e-4)
-        np.testing.assert_allclose(some[0, at], a[:, [7, 50, 3]], rtol=2e-4)
+        own = mask[0, at]
+        assert 0 < own.sum() < len(own)
+        np.testing.assert_allclose(kl[0, at][own], (np.exp(b) * (b - a)).sum(-1)[own], rtol=2e-4)
+        np.testing.assert_allclose(some[0, at][own], a[:, [7, 50, 3]][own], rtol=2e-4)
     cfg = SparsepoConfig(mask="activations")
     options = with_settings(PreferenceOptions(objective="sparsepo"), cfg)
     loss = make_loss(CFG, options, rules=REPLICATED, remat="none")
