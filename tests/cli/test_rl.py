@@ -252,7 +252,7 @@ def test_what_cannot_be_trained_is_refused(run, home, tmp_path):
     status, _, err = train(run, home, tmp_path / "out", *problems, "--evaluate-every", 1)
     assert (status, "--evaluate-every without --test; expected a file" in err) == (2, True)
     status, _, err = train(run, home, tmp_path / "out", *problems, "--reward", home / "run")
-    assert (status, "is no reward model; expected the folder of one, outcome or truthrl" in err) == (1, True)
+    assert (status, "is no reward model; expected the folder of one, outcome, truthrl or critique" in err) == (1, True)
     status, _, err = train(run, home, tmp_path / "out", "--data", home / "guesses.jsonl")
     assert (status, "has no `answer`; expected one in every row" in err) == (1, True)
     status, _, err = train(run, home, tmp_path / "out", *problems, "--algorithm", "grop")
