@@ -1,7 +1,7 @@
 """Does GRPO raise a policy's accuracy within ten minutes on a laptop's two cores?
 
 Trains `preset:tiny` on solutions of the embedded task of which half have a slip, as a policy is trained on what people
-wrote, so it learns to be wrong about half of the time; lets it learn from its own answers with `jaxaroo train rl`,
+wrote, so it learns to be wrong more often than not; lets it learn from its own answers with `jaxaroo train rl`,
 rewarded 1 where the final answer is right and 0 elsewhere; and asks the model, before and after, 500 problems that it
 has never seen: once greedily, and four times at temperature 1. Problems of the three kinds share nothing but their
 generator.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .label import joiner_of, read_solutions
+from .label import joiner_of, read_solutions, solution_text
 from .rounds import answered
 
 Row = dict[str, Any]
@@ -49,14 +49,18 @@ def read_attempts(
     rows, problems = read_solutions(Path(data), instead="completion"), []
     between = joiner_of(rows, None)
     for i, row in enumerate(rows):
-        attempt = row["completion"] if "completion" in row else between.join(row["steps"])
+        prompt, attempt = row["prompt"], solution_text(row, between)
+        if not isinstance(prompt, str) and not _is_chat(prompt):
+            raise ValueError(
+                f"{data}: row {i} has the prompt {prompt!r:.60}; expected a text, or messages with `content`."
+            )
         answer, outcome = row.get("answer"), row.get("outcome")
         if outcome is None and isinstance(answer, str):
             outcome = same_answer(final_answer(attempt), known_answer(answer))
         if outcome not in (0, 1) or (cfg.stage == 2 and not isinstance(answer, str)):
             wanted = "an `answer` in text" if cfg.stage == 2 else "`outcome`, 0 or 1, or else an `answer` in text"
             raise ValueError(f"{data}: row {i} has columns {sorted(row)}; expected {wanted}, for --reward critique.")
-        problems.append(problem(i, row["prompt"], attempt, bool(outcome), answer))
+        problems.append(problem(i, prompt, attempt, bool(outcome), answer))
     return len(problems), problems.__getitem__
 
 
@@ -116,3 +120,9 @@ def make_reward(settings: Any, cfg: Any) -> Callable[[Sequence[Row], Sequence[Se
         )
 
     return reward
+
+
+# ----------------------------------------------------------------------------------------------------------- private
+def _is_chat(prompt: Any) -> bool:
+    """Messages, the last of which has words."""
+    return bool(isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict) and "content" in prompt[-1])

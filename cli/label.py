@@ -295,7 +295,7 @@ def label_split(
         raise FileNotFoundError(f"label split: no folder {out.parent}; expected one for --out. Make it.")
     rows = read_solutions(data, instead="completion")
     joiner = joiner_of(rows, joiner)
-    whole = [row["completion"] if _is_text(row.get("completion")) else joiner.join(row["steps"]) for row in rows]
+    whole = [solution_text(row, joiner) for row in rows]
     kept = [(row, text) for row, text in zip(rows, whole, strict=True) if text.strip()]
     texts = [text for _, text in kept]
     report: Row = {"solutions": len(kept), "empty": len(rows) - len(kept)}
@@ -342,6 +342,11 @@ def joiner_of(rows: Sequence[Row], asked: str | None) -> str:
     if asked is None and len(found) > 1:
         raise ValueError(f"label: {found} stand between steps of some rows; expected one for all. Say which, or part.")
     return found.pop() if asked is None else asked
+
+
+def solution_text(row: Row, joiner: str) -> str:
+    """A row's `completion` where that is text, or else its steps."""
+    return row["completion"] if _is_text(row.get("completion")) else joiner.join(row["steps"])
 
 
 # ----------------------------------------------------------------------------------------------------------- private

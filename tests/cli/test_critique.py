@@ -149,7 +149,7 @@ def test_rows_of_label_sample_and_others_are_attempts(tmp_path):
         {"prompt": "q", "steps": ["a", "ans 3"], "answer": "3", "outcome": 0},  # what is known goes first
         {"prompt": "q", "completion": "a\nans 3", "answer": "3"},
         {"prompt": "q", "completion": "a\nans 4", "answer": "3"},
-        {"prompt": "q", "completion": "b", "outcome": 1},
+        {"prompt": "q", "completion": None, "steps": ["b"], "outcome": 1},
     ]
     size, read = read_attempts(str(write(tmp_path / "rows.jsonl", rows)), ArithmeticConfig(), CFG, 0)
     assert size == 4
@@ -167,6 +167,9 @@ def test_attempts_that_cannot_be_judged_are_refused(run, home, tmp_path):
     assert (status, "stage 2 of critique without an actor; give --critique.actor" in err) == (1, True)
     status, _, err = run("train", "rl", *out, *WORDS, *two, "--critique.actor", home / "run" / "model")
     assert (status, "row 0 has columns" in err, "an `answer` in text" in err) == (1, True, True)
+    write(rows, [{"prompt": 7, "completion": "b", "outcome": 1}])
+    status, _, err = run("train", "rl", *out, *WORDS)
+    assert (status, "row 0 has the prompt 7; expected a text, or messages" in err) == (1, True)
     write(rows, [{"prompt": "q", "completion": "b"}])
     status, _, err = run("train", "rl", *out, *WORDS)
     assert (status, "`outcome`, 0 or 1, or else" in err) == (1, True)
