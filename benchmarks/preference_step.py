@@ -3,7 +3,13 @@
 Random tokens under random weights, which changes nothing here: pairs with a prompt in front of either answer, or rows
 with a label. A step is the loss with its reference, gradients, clipping at a norm of 1 and AdamW. Tokens are those of
 the sequences that an objective trains on, prompts included, counted the same on both sides; kto's mismatched answers
-and padding count for neither. Sides run in turns in one process. The first call, which compiles, stands apart.
+and padding count for neither; that jaxaroo runs a prompt once for both answers changes no count. Sides run in turns in
+one process. The first call, which compiles, stands apart.
+
+The floor is the time that the least multiplications take at the rate of a product of two 2048 x 2048 matrices, measured
+in the same process: every token of a prompt and its answers once through the layers, the head for answers alone, three
+times for what is trained and once for a reference; of kto without mismatched answers. No step can be faster, whatever
+else it does.
 
 Memory: of jaxaroo what the compiler says a step holds (arguments and temporaries; the state is updated in place), and
 for both the most that a process of its own had resident, above what it had before it made the model.
@@ -85,16 +91,17 @@ def main() -> None:
     result: dict[str, Any] = {"benchmark": "preference_step", "environment": record.environment()}
     result |= {"shape": opts.shape, "config": dataclasses.asdict(cfg), "pairs": opts.pairs, "length": opts.length}
     result["row"] = opts.row
-    result["objectives"] = {name: measure(name, cfg, opts) for name in opts.objectives}
+    result["matmul_flops_per_second"] = rate = matmul_rate()
+    result["objectives"] = {name: measure(name, cfg, opts, rate) for name in opts.objectives}
     record.save(f"preference-step-{opts.shape}-{jax.default_backend()}", result)
 
 
-def measure(name: str, cfg: DecoderConfig, opts: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, cfg: DecoderConfig, opts: argparse.Namespace, rate: float) -> dict[str, Any]:
     """One objective on all sides, by turns."""
     names = ["jaxaroo"] + (["trl"] if opts.against and name != "grpo" else [])
     made = {side: SIDES[side](name, cfg, opts) for side in names}
     tokens = sum(len(row) for sequences in rows_of(name, cfg, opts) for row in sequences[: trained(name)])
-    found: dict[str, Any] = {"tokens": tokens, "sides": {}}
+    found: dict[str, Any] = {"tokens": tokens, "sides": {}, "floor_seconds": least_flops(name, cfg, opts) / rate}
     first, seconds = {}, {side: [] for side in names}
     for side in names:
         first[side] = timed(made[side][0])
@@ -111,6 +118,7 @@ def measure(name: str, cfg: DecoderConfig, opts: argparse.Namespace) -> dict[str
     if "trl" in names:
         ratios = [t / o for t, o in zip(seconds["trl"], seconds["jaxaroo"], strict=True)]
         found["times_as_fast_as_trl"] = record.spread(ratios)
+        found["floor_times_as_fast_as_trl"] = found["sides"]["trl"]["seconds"]["median"] / found["floor_seconds"]
         both = [found["sides"][side].get("resident_bytes") for side in ("jaxaroo", "trl")]
         if all(both):
             found["share_of_memory_of_trl"] = both[0] / both[1]
@@ -266,6 +274,30 @@ SIDES = {"jaxaroo": jaxaroo_side, "trl": trl_side}
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
+def least_flops(name: str, cfg: DecoderConfig, opts: argparse.Namespace) -> float:
+    """Of a step's matrix products, at 2 a multiplication."""
+    D, N, K, H, F = cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.ffn_dim
+    token = 2 * (2 * D * (N + K) * H + 3 * D * F)  # of a layer, attention apart
+    passes = 4 if name in ("dpo", "kto") else 3
+    total = 0.0
+    for i, sequences in enumerate(rows_of(name, cfg, opts)):
+        begin = PROMPTS[i]
+        for j, ids in enumerate(sequences[: trained(name)]):
+            seen = np.arange(begin if j else 0, len(ids) - 1) + 1.0
+            layers = cfg.num_layers * (token * len(seen) + 4 * N * H * seen.sum())
+            prompt = begin if name == "orpo" and j == 0 else 0  # whose likelihood counts
+            total += passes * (layers + 2 * D * cfg.vocab_size * (len(ids) - begin + prompt))
+    return total
+
+
+def matmul_rate(size: int = 2048, runs: int = 7) -> float:
+    """FLOPs a second, the best of several."""
+    x = jnp.ones((size, size))
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(x, x))
+    return 2 * size**3 / min(timed(lambda: jax.block_until_ready(product(x, x))) for _ in range(runs))
+
+
 def timed(run: Side) -> float:
     start = time.perf_counter()
     run()

@@ -28,6 +28,7 @@ from jaxaroo.train.objectives.d2o import D2oConfig
 from jaxaroo.train.objectives.dpo import DpoConfig
 from jaxaroo.train.objectives.kto import KtoConfig
 from jaxaroo.train.objectives.logprobs import output_table, score_targets, target_kl
+from jaxaroo.train.objectives.orpo import OrpoConfig
 from jaxaroo.train.objectives.sequences import View
 from jaxaroo.train.objectives.sparsepo import SparsepoConfig, activation_mask
 from jaxaroo.train.objectives.unlearn import UnlearnConfig
@@ -139,6 +140,13 @@ TRL = {  # what TRL calls it -> settings of ours
 }
 
 
+def one_a_row(rows, encode, length):
+    """Pairs in the order of their rows, one in each of a batch."""
+    cfg = BatchConfig(size=1, max_length=length, packing=False)
+    each = [next(Batches([row], encode, cfg, seed=0, parts=2, fixed_length=True)) for row in rows]
+    return jax.tree.map(lambda *leaves: jnp.concatenate([jnp.asarray(x[0]) for x in leaves]), *each)
+
+
 @pytest.fixture(scope="module")
 def golden(shared):
     """TRL's batch as ours, a pair a row; and both models."""
@@ -152,11 +160,9 @@ def golden(shared):
         return side(row["i"]), side(row["i"] + 4)
 
     rows = [{"i": i} for i in range(4)]
-    stream = Batches(rows, encode, BatchConfig(size=4, max_length=41, shuffle=False), seed=0, parts=2)  # no two fit
     models = {name: hf.load(shared / "goldens" / name, dtype="float32") for name in ("llama", "llama_reference")}
     both = {"policy": stack_layers(models["llama"].params), "reference": stack_layers(models["llama_reference"].params)}
-    batch = jax.tree.map(lambda x: jnp.asarray(x[0]), next(stream))
-    return found, models["llama"].config, both, batch
+    return found, models["llama"].config, both, one_a_row(rows, encode, 41)
 
 
 def total(terms, number):
@@ -178,6 +184,24 @@ def test_losses_from_the_weights_of_checkpoints_are_those_that_trl_printed(golde
         got = total(metrics, number)
         for key in ("chosen", "rejected", "margins", "accuracies"):
             np.testing.assert_allclose(got[f"rewards/{key}"], found[f"rewards_{key}"], rtol=1e-3, atol=1e-5)
+
+
+def test_orpo_asks_for_the_prompts_too(base):
+    """Its likelihood is of prompt and chosen answer together, though the batch's mask is of answers alone."""
+    rows = [{"prompt": "say " * (1 + i), "chosen": "aa", "rejected": "z"} for i in range(3)]
+    params = init_params(CFG, jax.random.key(0))
+    for prompt in (True, False):
+        options = with_settings(PreferenceOptions(objective="orpo"), OrpoConfig(nll_prompt=prompt))
+        batch = one_a_row(rows, preference.encoder(TOKENS, options), 48)
+        number = preference.counts(options)(jax.tree.map(lambda x: x[None], batch))
+        terms, _ = make_loss(CFG, options, rules=REPLICATED, remat="none")({"policy": params}, batch, None)
+        each = []
+        for row in rows:
+            chosen = preference.encoder(TOKENS, options)(row)[0]
+            z = jax.nn.log_softmax(logits(Model(CFG, params), jnp.asarray(chosen.ids[None, :-1])))[0]
+            logp = np.take_along_axis(np.asarray(z), chosen.ids[1:, None], axis=1)[:, 0]
+            each.append(logp if prompt else logp[chosen.scored[1:]])
+        np.testing.assert_allclose(total(terms, number)["nll"], -np.concatenate(each).mean(), rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- rows to tokens

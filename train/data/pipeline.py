@@ -25,7 +25,9 @@ class Batch(NamedTuple):
     What stands at a token's position predicts its target.
     Segments number the sequences of a row from 1; 0 is padding. A token sees its own segment alone. An example of G
     sequences, such as the two of a pair, has G segments in a row one after the other, of which the first is numbered
-    1 + a multiple of G.
+    1 + a multiple of G. What a later one has in common with the first, such as their prompt, stands in the first alone
+    (prefix sharing, 2410.20305): a segment whose positions begin at n > 0 goes on behind the first n tokens of the last
+    segment before it that begins at 0, and sees them too.
 
     Of an example with labels (`Encoded.labels`) all tokens stand in the row, the last one with target 0, and what mask,
     weights and labels say is of the token at that position itself, not of its target: it is what a head is to make of
@@ -34,7 +36,7 @@ class Batch(NamedTuple):
 
     tokens: Int[Array, "*M B T"]
     targets: Int[Array, "*M B T"]
-    positions: Int[Array, "*M B T"]  # from 0 in every segment
+    positions: Int[Array, "*M B T"]  # in its sequence, from 0
     segments: Int[Array, "*M B T"]
     mask: Bool[Array, "*M B T"]  # the target is part of a completion, and counts; or the token has a label
     weights: Float[Array, "*M B T"]  # of the loss at that target, or token; 0 outside the mask
@@ -180,7 +182,8 @@ class Batches:
             return None
         self._misses[shard] = 0
         weight = np.float32(example.get("weight", 1.0))
-        rows = [_sequence(encoded, part, weight) for part, encoded in enumerate(sequences)]
+        begin = [0, *(_shared(sequences[0], other) for other in sequences[1:])]
+        rows = [_sequence(*each, weight) for each in zip(sequences, range(self._parts), begin, strict=True)]
         return {name: np.concatenate([row[name] for row in rows]) for name in (*_FEATURES, *self._more)}
 
     def _length(self, group: Sequence[Mapping[str, np.ndarray]]) -> int:
@@ -212,7 +215,16 @@ _FEATURES = ("tokens", "targets", "positions", "part", "mask", "weights", "label
 _MORE = "more/"  # before the names of further numbers
 
 
-def _sequence(encoded: Encoded, part: int, weight: np.float32) -> dict[str, np.ndarray]:
+def _shared(first: Encoded, other: Encoded) -> int:
+    """How many tokens both begin with, as far as nothing is to be predicted from them in the other one."""
+    n = min(len(first.ids), len(other.ids)) - (first.labels is None)
+    same = first.ids[:n] == other.ids[:n]
+    most = int(np.argmax(other.scored)) - (other.labels is None)
+    return min(n if same.all() else int(np.argmin(same)), most)
+
+
+def _sequence(encoded: Encoded, part: int, begin: int, weight: np.float32) -> dict[str, np.ndarray]:
+    """Every token's inputs and targets, from token `begin` on."""
     ids, mask, labels = encoded.ids, encoded.scored, encoded.labels
     more = {_MORE + name: numbers for name, numbers in (encoded.more or {}).items()}
     if labels is None:
@@ -222,7 +234,7 @@ def _sequence(encoded: Encoded, part: int, weight: np.float32) -> dict[str, np.n
     else:
         tokens, targets = ids, np.append(ids[1:], np.int32(0))
     positions = np.arange(len(tokens), dtype=np.int32)
-    return {
+    found = {
         "tokens": tokens,
         "targets": targets,
         "positions": positions,
@@ -232,6 +244,7 @@ def _sequence(encoded: Encoded, part: int, weight: np.float32) -> dict[str, np.n
         "labels": labels,
         **more,
     }
+    return {name: numbers[begin:] for name, numbers in found.items()}
 
 
 def _named(packed: Mapping[str, np.ndarray], parts: int) -> dict[str, np.ndarray]:

@@ -9,9 +9,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ..data.formats import Layout
+from ..data.pipeline import Batch
 from ..step import Advance, Term, Terms
 from . import asft, bco, cpo, d2o, dft, dpo, fsft, gdpo_belief, kto, mm_dpo, orpo, simpo, sparsepo, unlearn
 from .preference import Sums, chosen_nll, pair_metrics, row_metrics
@@ -51,6 +52,7 @@ class Objective(NamedTuple):
     more: Callable[[Any], tuple[str, ...]] = lambda cfg: ()  # numbers that examples bring, beside the reference's sums
     carry: Callable[[Any], tuple[Any, Advance] | None] = lambda cfg: None  # what it begins as, and how it goes on
     network: Callable[[Any], Network | None] = lambda cfg: None  # what it trains beside the policy
+    wanted: Callable[[Batch, Any], Bool[Array, "B T"]] = lambda batch, cfg: batch.mask  # of the policy
     collect: bool = False  # of the reference the state behind every layer
     learning_rate: float | None = None  # published
     batch: int | None = None  # examples an update, published
@@ -109,6 +111,11 @@ def orpo_terms(view: View, cfg: orpo.OrpoConfig) -> tuple[Terms, Terms]:
     found = pair_metrics(chosen, rejected, cfg.lam * a_w, cfg.lam * a_l)
     found |= {"log_odds_chosen": odds, "log_odds_ratio": jax.nn.log_sigmoid(odds)}
     return terms, measured(found, view) | _of_tokens(view)
+
+
+def orpo_wanted(batch: Batch, cfg: orpo.OrpoConfig) -> Bool[Array, "B T"]:
+    """Answers, and of the chosen one the prompt if its likelihood counts."""
+    return batch.mask | (part_of(batch, 2) == 0) if cfg.nll_prompt else batch.mask
 
 
 def simpo_terms(view: View, cfg: simpo.SimpoConfig) -> tuple[Terms, Terms]:
@@ -346,7 +353,9 @@ OBJECTIVES: dict[str, Objective] = {
         learning_rate=5e-7,
         batch=32,
     ),
-    "orpo": Objective("2403.07691", "pairs", orpo.OrpoConfig(), orpo_terms, reads=lambda cfg: "nothing"),
+    "orpo": Objective(
+        "2403.07691", "pairs", orpo.OrpoConfig(), orpo_terms, reads=lambda cfg: "nothing", wanted=orpo_wanted
+    ),
     "simpo": Objective(
         "2405.14734",
         "pairs",

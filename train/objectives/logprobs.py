@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ...jaxlib_ext.token_kl import token_kl
@@ -13,7 +14,7 @@ from ..data.pipeline import Batch
 
 
 class Scores(NamedTuple):
-    """Of every target of the batch's mask; 0 at the others, whose logits nobody computes."""
+    """Of every target that was asked for; 0 at the others, whose logits nobody computes."""
 
     logp: Float[Array, "B T"]  # natural logarithm of its probability
     entropy: Float[Array, "B T"]  # in nats, of the distribution it was scored under
@@ -24,10 +25,16 @@ class Scores(NamedTuple):
 
 
 def segment_mask(batch: Batch) -> Bool[Array, "B T T"]:
-    """A token sees those before it in its own segment; padding sees nothing."""
+    """A token sees those before it in its own segment, and in the one it goes on behind; padding sees nothing."""
     positions, segments = batch.positions, batch.segments
     before = positions[:, :, None] >= positions[:, None, :]
-    return (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, :, None] & before
+    own = segments[:, :, None] == segments[:, None, :]
+    starts = segments != jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
+    first = jax.lax.cummax(jnp.where(starts, jnp.arange(segments.shape[1])[None], 0), axis=1)
+    begin = jnp.take_along_axis(positions, first, axis=1)  # of the token's segment
+    trunk = jax.lax.cummax(jnp.where(positions == 0, segments, 0), axis=1)
+    shared = (segments[:, None, :] == trunk[:, :, None]) & (positions[:, None, :] < begin[:, :, None])
+    return (own | shared) & (segments > 0)[:, :, None] & before
 
 
 def hidden_states(
@@ -52,13 +59,15 @@ def score_targets(
     remat: Remat = "none",
     squares: bool = False,
     collect: tuple[int, ...] = (),
+    wanted: Bool[Array, "B T"] | None = None,
 ) -> Scores:
-    """What the decoder says of every target.
+    """What the decoder says of every target that is asked for.
 
     Args:
       cfg: of the decoder.
       params: its weights.
       batch: packed or padded rows.
+      wanted: the targets, if not those of the batch's mask.
       rules: where activations lie.
       remat: what the backward pass computes again.
       squares: also how much of the distribution is in few tokens.
@@ -67,6 +76,7 @@ def score_targets(
     positions, mask = batch.positions, segment_mask(batch)
     seen = dict(key_positions=positions, remat=remat, rules=rules, collect=collect)
     out = forward(cfg, params, batch.tokens, positions, mask, **seen)  # type: ignore[arg-type]
+    batch = batch if wanted is None else batch._replace(mask=wanted)
     stats = target_stats(out.hidden, output_table(cfg, params), batch, rules=rules, want_sum_sq=squares)
     return Scores(stats.logp, stats.entropy, out.hidden, stats.log_sum_sq, stats.lse, out.collected)
 

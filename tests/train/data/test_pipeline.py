@@ -329,6 +329,39 @@ def test_the_sequences_of_an_example_are_neighbours_and_see_themselves_alone(pac
     assert stream.mismatched == {5}
 
 
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_what_sequences_begin_with_in_common_stands_in_a_row_once(packing, labelled):
+    def encode(example):
+        """A prompt of 5 tokens with three answers; of the third one scored token is in what is common."""
+        i, made = example["i"], []
+        for part, answer in enumerate(([1, 2, 3], [1, 2, 4, 4], [1, 2, 3, 5])):
+            ids = np.array([*range(10, 15), *answer], np.int32)
+            scored = np.arange(len(ids)) >= (6 if part == 2 else 7)
+            labels = scored * np.float32(0.5) if labelled else None
+            made.append(Encoded(ids, scored, labels=labels, more={"i": np.full(len(ids), i, np.float32)}))
+        return tuple(made)
+
+    cfg = BatchConfig(size=4, max_length=30, packing=packing, shuffle=False)
+    batch = next(Batches(Rows(), encode, cfg, seed=0, parts=3, more=("i",)))
+    leaves = {name: np.asarray(x)[0, 0] for name, x in batch._asdict().items() if name != "more"}
+    whole = encode({"i": 0})
+    at = 0
+    for part, begin in enumerate((0, 7, 6) if labelled else (0, 6, 5)):
+        n = len(whole[part].ids) - (not labelled)
+        here = slice(at, at + n - begin)
+        np.testing.assert_array_equal(leaves["segments"][here], part + 1)
+        np.testing.assert_array_equal(leaves["positions"][here], np.arange(begin, n))
+        np.testing.assert_array_equal(leaves["tokens"][here], whole[part].ids[begin:n])
+        np.testing.assert_array_equal(leaves["mask"][here].sum(), whole[part].scored.sum())
+        scored = whole[part].scored if labelled else whole[part].scored[1:]
+        np.testing.assert_array_equal(leaves["mask"][here], scored[begin:])
+        np.testing.assert_array_equal(leaves["labels"][here], 0.5 * labelled * scored[begin:])
+        at = here.stop
+    assert leaves["segments"][at] == (4 if packing else 0)
+    assert int(count_units(batch)["sequence"]) == 3 * (8 if packing else 4)
+
+
 def test_each_sequence_gets_its_share_of_a_row_and_none_may_lose_its_completion():
     def long(example):
         first, second = pair(example)

@@ -12,7 +12,8 @@ from jaxaroo.jaxlib_ext.token_stats import token_stats
 from jaxaroo.models.decoder import DecoderConfig, Model, init_params, logits, param_axes
 from jaxaroo.sharding.mesh import MeshConfig, make_mesh
 from jaxaroo.sharding.rules import FSDP_TP, FSDP_TP_SEQ, REPLICATED
-from jaxaroo.train.data.pipeline import Batch
+from jaxaroo.train.data.pipeline import Batch, BatchConfig, Batches
+from jaxaroo.train.data.tokenise import Encoded
 from jaxaroo.train.objectives.logprobs import score_targets
 
 CFG = DecoderConfig(vocab_size=19, embed_dim=16, ffn_dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4)
@@ -56,6 +57,48 @@ def test_scores_are_those_of_each_example_alone(changes):
         want, own = np.log(p[np.arange(len(p)), EXAMPLES[i][1:]]), mask[row, place]
         np.testing.assert_allclose(scores.logp[row, place], want * own, rtol=0, atol=2e-6)
         np.testing.assert_allclose(scores.entropy[row, place], -(p * np.log(p)).sum(-1) * own, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 4, "window_layers": (True, False)}])
+def test_a_prompt_that_stands_once_is_seen_by_all_its_answers_and_by_nothing_else(changes):
+    """Values and gradients are those of every sequence written out in a row of its own."""
+    cfg = dataclasses.replace(CFG, **changes)
+    params = init_params(cfg, jax.random.key(0))
+    rng = np.random.default_rng(0)
+
+    def sequences(i):
+        rng = np.random.default_rng(i)
+        prompt = rng.integers(0, 19, 3 + i)
+        answers = [rng.integers(0, 19, n) for n in (4, 2, 5)]
+        answers[2][:2] = answers[0][:2]  # scored, and so not shared
+        ids = [np.concatenate([prompt, answer]).astype(np.int32) for answer in answers]
+        return tuple(Encoded(x, np.arange(len(x)) >= len(prompt)) for x in ids)
+
+    encode = lambda row: sequences(row["i"]) if row["i"] < 4 else (Encoded(*[np.ones(18, np.int32)] * 2),) * 3
+    settings = BatchConfig(size=2, max_length=40, shuffle=False)
+    batch = next(Batches([{"i": i} for i in range(6)], encode, settings, seed=0, parts=3))  # the last two fit nowhere
+    batch = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
+    apart = [e for i in range(4) for e in sequences(i)]
+    assert int((batch.segments > 0).sum()) == sum(len(e.ids) - 1 for e in apart) - 2 * sum(2 + i for i in range(4))
+    weights = jnp.asarray(rng.normal(size=(2, 40)), jnp.float32)
+
+    def together(params):
+        return jnp.sum(weights * score_targets(cfg, params, batch).logp)
+
+    def one_by_one(params):
+        total, left = 0.0, {}
+        for row in range(2):
+            for segment in range(1, int(batch.segments[row].max()) + 1):
+                left[row, segment] = weights[row][(batch.segments[row] == segment) & batch.mask[row]]
+        for (row, segment), e in zip(left, (e for i in (0, 1, 2, 3) for e in sequences(i)), strict=True):
+            z = jax.nn.log_softmax(logits(Model(cfg, params), jnp.asarray(e.ids[None, :-1])))[0]
+            logp = jnp.take_along_axis(z, jnp.asarray(e.ids[1:, None]), axis=1)[:, 0][e.scored[1:]]
+            total = total + jnp.sum(logp * left[row, segment])
+        return total
+
+    (got, grad), (want, wanted) = (jax.value_and_grad(f)(params) for f in (together, one_by_one))
+    np.testing.assert_allclose(got, want, rtol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), grad, wanted)
 
 
 def test_nothing_flows_between_examples_of_a_row_nor_from_later_tokens_nor_padding():
