@@ -336,7 +336,8 @@ def make_loss(
     def loss(params: Params, batch: Batch, key: Any, carry: Any = None) -> Any:
         del key  # nothing is random here
         score = lambda weights, **more: score_targets(config, weights, batch, rules=rules, remat=remat, **more)
-        policy = score(params["policy"], squares=squares, wanted=objective.wanted(batch, cfg))
+        asked = dict(wanted=objective.wanted(batch, cfg), still=objective.still(batch, cfg))
+        policy = score(params["policy"], squares=squares, **asked)
         weights, reference = None, None
         if reference_of(options) in ("frozen", "mixed"):
             weights = params["reference"] if "reference" in params else carry["reference"]

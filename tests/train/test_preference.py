@@ -23,7 +23,7 @@ from jaxaroo.train.data.pipeline import BatchConfig, Batches
 from jaxaroo.train.data.tokenise import Encoded
 from jaxaroo.train.metrics import read_records
 from jaxaroo.train.objectives.bco import BcoConfig
-from jaxaroo.train.objectives.by_name import sparsepo_terms
+from jaxaroo.train.objectives.by_name import OBJECTIVES, sparsepo_terms
 from jaxaroo.train.objectives.d2o import D2oConfig
 from jaxaroo.train.objectives.dpo import DpoConfig
 from jaxaroo.train.objectives.kto import KtoConfig
@@ -140,10 +140,10 @@ TRL = {  # what TRL calls it -> settings of ours
 }
 
 
-def one_a_row(rows, encode, length):
+def one_a_row(rows, encode, length, more=()):
     """Pairs in the order of their rows, one in each of a batch."""
     cfg = BatchConfig(size=1, max_length=length, packing=False)
-    each = [next(Batches([row], encode, cfg, seed=0, parts=2, fixed_length=True)) for row in rows]
+    each = [next(Batches([row], encode, cfg, seed=0, parts=2, more=more, fixed_length=True)) for row in rows]
     return jax.tree.map(lambda *leaves: jnp.concatenate([jnp.asarray(x[0]) for x in leaves]), *each)
 
 
@@ -202,6 +202,31 @@ def test_orpo_asks_for_the_prompts_too(base):
             logp = np.take_along_axis(np.asarray(z), chosen.ids[1:, None], axis=1)[:, 0]
             each.append(logp if prompt else logp[chosen.scored[1:]])
         np.testing.assert_allclose(total(terms, number)["nll"], -np.concatenate(each).mean(), rtol=1e-5)
+
+
+def test_ktos_mismatched_answers_stay_still_and_its_gradient_is_the_same(monkeypatch):
+    rows = [{"prompt": f"say {i}", "completion": "ab" * (1 + i), "label": bool(i % 2)} for i in range(4)]
+    options = PreferenceOptions(objective="kto")
+    batch = one_a_row(preference.prepare(rows, options), preference.encoder(TOKENS, options), 64, ("desirable",))
+    number = preference.counts(options)(jax.tree.map(lambda x: x[None], batch))
+    policy, reference = (init_params(CFG, jax.random.key(i)) for i in range(2))
+    both = lambda p: {"policy": jax.tree.map(lambda w: 2.0 * w, p), "reference": reference}
+
+    def run():
+        loss = make_loss(CFG, options, rules=REPLICATED, remat="none")
+        value = lambda p: sum(
+            jnp.sum(t.value * t.weight) / int(number[t.unit]) for t in loss(both(p), batch, None)[0].values()
+        )
+        return jax.value_and_grad(value)(policy), total(loss(both(policy), batch, None)[1], number)
+
+    (value, grad), metrics = run()
+    assert metrics["kl_now"] != 0
+    asked = OBJECTIVES["kto"].still(batch, OBJECTIVES["kto"].config)
+    np.testing.assert_array_equal(asked, batch.segments == 2)
+    monkeypatch.setitem(OBJECTIVES, "kto", OBJECTIVES["kto"]._replace(still=lambda batch, cfg: None))
+    (plain, wanted), more = run()
+    np.testing.assert_allclose([value, *metrics.values()], [plain, *more.values()], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grad, wanted)
 
 
 # ------------------------------------------------------------------------------------------------------- rows to tokens

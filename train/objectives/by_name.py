@@ -53,6 +53,7 @@ class Objective(NamedTuple):
     carry: Callable[[Any], tuple[Any, Advance] | None] = lambda cfg: None  # what it begins as, and how it goes on
     network: Callable[[Any], Network | None] = lambda cfg: None  # what it trains beside the policy
     wanted: Callable[[Batch, Any], Bool[Array, "B T"]] = lambda batch, cfg: batch.mask  # of the policy
+    still: Callable[[Batch, Any], Bool[Array, "B T"] | None] = lambda batch, cfg: None  # those that get no gradient
     collect: bool = False  # of the reference the state behind every layer
     learning_rate: float | None = None  # published
     batch: int | None = None  # examples an update, published
@@ -218,6 +219,11 @@ def kto_terms(view: View, cfg: kto.KtoConfig, *, carry: Float[Array, ""] | None 
     return terms, found | _of_tokens(view)
 
 
+def kto_still(batch: Batch, cfg: kto.KtoConfig) -> Bool[Array, "B T"] | None:
+    """Mismatched answers: all they are for is a number without gradient."""
+    return part_of(batch, 2) == 1 if cfg.loss == "kto" else None
+
+
 def kto_carry(cfg: kto.KtoConfig) -> tuple[Any, Advance] | None:
     """The running mean of the KL, if one is kept; it follows the mean of each window."""
     if cfg.loss != "kto" or not cfg.kl_decay:
@@ -374,6 +380,7 @@ OBJECTIVES: dict[str, Objective] = {
         "unpaired",
         kto.KtoConfig(),
         kto_terms,
+        still=kto_still,
         parts=lambda cfg: 2 if cfg.loss == "kto" else 1,
         more=lambda cfg: ("desirable",),
         carry=kto_carry,

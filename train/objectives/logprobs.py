@@ -60,6 +60,7 @@ def score_targets(
     squares: bool = False,
     collect: tuple[int, ...] = (),
     wanted: Bool[Array, "B T"] | None = None,
+    still: Bool[Array, "B T"] | None = None,
 ) -> Scores:
     """What the decoder says of every target that is asked for.
 
@@ -68,6 +69,7 @@ def score_targets(
       params: its weights.
       batch: packed or padded rows.
       wanted: the targets, if not those of the batch's mask.
+      still: those of them whose scores get no gradient; their backward pass through the head is saved.
       rules: where activations lie.
       remat: what the backward pass computes again.
       squares: also how much of the distribution is in few tokens.
@@ -76,8 +78,14 @@ def score_targets(
     positions, mask = batch.positions, segment_mask(batch)
     seen = dict(key_positions=positions, remat=remat, rules=rules, collect=collect)
     out = forward(cfg, params, batch.tokens, positions, mask, **seen)  # type: ignore[arg-type]
-    batch = batch if wanted is None else batch._replace(mask=wanted)
-    stats = target_stats(out.hidden, output_table(cfg, params), batch, rules=rules, want_sum_sq=squares)
+    wanted = batch.mask if wanted is None else wanted
+    of = lambda mask, x, table: target_stats(x, table, batch._replace(mask=mask), rules=rules, want_sum_sq=squares)
+    table = output_table(cfg, params)
+    if still is None:
+        stats = of(wanted, out.hidden, table)
+    else:  # each is 0 where the other has something
+        fixed = of(wanted & still, *jax.lax.stop_gradient((out.hidden, table)))
+        stats = jax.tree.map(jnp.add, of(wanted & ~still, out.hidden, table), fixed)
     return Scores(stats.logp, stats.entropy, out.hidden, stats.log_sum_sq, stats.lse, out.collected)
 
 

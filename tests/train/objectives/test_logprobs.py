@@ -101,6 +101,18 @@ def test_a_prompt_that_stands_once_is_seen_by_all_its_answers_and_by_nothing_els
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), grad, wanted)
 
 
+def test_scores_that_stay_still_have_their_values_and_no_gradient():
+    params, batch = init_params(CFG, jax.random.key(0)), packed()
+    still = batch.segments == 2
+    assert 0 < int((batch.mask & still).sum()) < int(batch.mask.sum())
+    wanted = score_targets(CFG, params, batch, squares=True)
+    got = score_targets(CFG, params, batch, squares=True, still=still)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, wanted)
+    moved = jax.grad(lambda p: score_targets(CFG, p, batch, still=still).logp.sum())(params)
+    only = jax.grad(lambda p: jnp.where(still, 0.0, score_targets(CFG, p, batch).logp).sum())(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), moved, only)
+
+
 def test_nothing_flows_between_examples_of_a_row_nor_from_later_tokens_nor_padding():
     """By the gradient of a score with respect to every embedded token."""
     params, batch = init_params(CFG, jax.random.key(0)), packed()
