@@ -19,14 +19,18 @@ Letters: N outputs, K inputs, M groups of inputs.
 """
 
 import dataclasses
+import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int8, Int32
 
 BLOCK = 128  # inputs
+MOST_ROWS = 64  # of x that the kernel serves; with more, unpacking once and a large product are as good
 Planes = tuple[Int32[Array, "..."] | Int8[Array, "..."], ...]  # int8 at 8 bits alone
 
 
@@ -49,6 +53,15 @@ class QuantisedMatrix:
         return sum(x.nbytes for x in jax.tree.leaves(self))
 
 
+class _Static(NamedTuple):
+    """Of a product."""
+
+    widths: tuple[int, ...]  # of the planes; 8 are int8 codes
+    bits: int | None  # what the planes hold, or are switched to; None if a width is traced
+    master: int | None  # width of codes that are switched on the way
+    act: Literal["int8"] | None
+
+
 # ------------------------------------------------------------------------------------------------------------- codes
 def switch_codes(codes: Int8[Array, "..."], master: int, bits: int | Int32[Array, "..."]) -> Int8[Array, "..."]:
     """The codes of a lower width, ties to even, in int8 arithmetic alone.
@@ -65,13 +78,9 @@ def switch_codes(codes: Int8[Array, "..."], master: int, bits: int | Int32[Array
             return codes
         down, odd = master - bits, 1
         top, half = ((1 << (bits - 1)) - 1) << down, (1 << (down - 1)) - 1
-    else:
-        wide = over_trailing(bits, codes.ndim).astype(jnp.int8)
-        down = jnp.int8(master) - wide
-        odd = jnp.minimum(down, 1)  # at the master's own width nothing is added and nothing is shifted
-        top, half = ((1 << (wide - 1)) - 1) << down, (1 << jnp.maximum(down - 1, 0)) - 1
-    c = jnp.minimum(codes, top)  # the upper clip, and no overflow below; the lower clip is never needed
-    return (c + half + ((c >> down) & odd)) >> down
+        c = jnp.minimum(codes, top)  # the upper clip, and no overflow below; the lower clip is never needed
+        return (c + half + ((c >> down) & odd)) >> down
+    return _switched(codes, jnp.int8(master), over_trailing(bits, codes.ndim).astype(jnp.int8))
 
 
 def scale_at(scale: Float[Array, "..."], master: int, bits: int | Int32[Array, "..."]) -> Float[Array, "..."]:
@@ -145,6 +154,7 @@ def nbytes(bits: int, N: int, K: int, groups: int = 1) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------- product
+# 1. Reference: what the product means.
 def reference(
     x: Float[Array, "*lead K"],
     codes: Int8[Array, "N K"],
@@ -152,7 +162,7 @@ def reference(
     act: Literal["int8"] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "*lead N"]:
-    """What the product means: exact codes times x, summed in float32 group by group, and only then the scales.
+    """Exact codes times x, summed in float32 group by group, and only then the scales.
 
     With `act="int8"` x is quantised for each token and the sums are those of integers, int8 x int8 -> int32.
     """
@@ -168,6 +178,140 @@ def reference(
     return y.reshape(*x.shape[:-1], N).astype(dtype or x.dtype)
 
 
+# 2. Kernel: one tile of outputs, summed over tiles of inputs. A field of a plane is a slice of every block of inputs; x
+# comes cut into the same slices, so no code has to move to another lane. Where a tile holds G > 1 groups, x is written
+# G times, each time with the inputs of one group alone: then the sums of groups are rows of one product.
+#   bits [1] | x of each plane [P, B, all words] | planes [bn, words] | scale [1, G, bn] -> y [B, bn] | sum [B, bn]
+def _kernel(bits_ref, *refs, widths: tuple[int, ...], master: int | None):
+    x_refs, w_refs = refs[: len(widths)], refs[len(widths) : 2 * len(widths)]
+    scale_ref, y_ref, sum_ref = refs[2 * len(widths) :]
+    step, (B, bn), G = pl.program_id(1), y_ref.shape, scale_ref.shape[1]
+    sums, below = jnp.zeros((G * B, bn), jnp.float32), sum(widths)
+    for i, (w, x_ref, w_ref) in enumerate(zip(widths, x_refs, w_refs, strict=True)):
+        words, below = w_ref[...].astype(jnp.int32), below - w
+        n = words.shape[1]
+        here = slice(None) if x_ref.shape[2] == n else pl.ds(pl.multiple_of(step * n, n), n)
+        for j in range(x_ref.shape[0]):
+            if w == 8:
+                codes = words if master is None else _switched(words, master, bits_ref[0])
+            elif i == 0:  # shifted up and down again, the first plane gets its sign
+                codes = (words << (32 - w * (j + 1))) >> (32 - w)
+            else:
+                codes = (words >> (w * j)) & ((1 << w) - 1)
+            x = x_ref[j, :, here]
+            if G > 1:
+                lane = jax.lax.broadcasted_iota(jnp.int32, (G, B, n), 2)
+                own = jax.lax.div(lane, jnp.int32(n // G)) == jax.lax.broadcasted_iota(jnp.int32, lane.shape, 0)
+                x = jnp.where(own, x[None], jnp.zeros_like(x)[None]).reshape(G * B, n)
+            contract = (((1,), (1,)), ((), ()))
+            precise = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+            codes = codes.astype(jnp.float32).astype(x.dtype)  # exact: 8 bits at most
+            part = jax.lax.dot_general(x, codes, contract, precision=precise, preferred_element_type=jnp.float32)
+            sums += part * float(1 << below)
+
+    @pl.when(step == 0)
+    def _():
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    sum_ref[...] += jnp.sum(sums.reshape(G, B, bn) * scale_ref[0][:, None], axis=0)
+
+    @pl.when(step == pl.num_programs(1) - 1)
+    def _():
+        y_ref[...] = sum_ref[...]
+
+
+# 3. Launch: tiles, and x and scales in their order. All of x stays in fast memory, and every word is read once.
+def _launch(x, planes, scale, bits, o: _Static, interpret: Any = False):
+    (B, K), (N, M), widths = x.shape, scale.shape, o.widths
+    tile, group = _input_tile(widths, K, M), K // M
+    steps, G = pl.cdiv(K, tile), max(1, tile // group)
+    rows = B + -B % (8 if x.dtype == jnp.float32 else 16)  # whole registers
+    x = jnp.pad(x, ((0, rows - B), (0, steps * tile - K)))
+    fields = lambda w: x.reshape(rows, -1, 32 // w, 4 * w).transpose(2, 0, 1, 3).reshape(32 // w, rows, -1)
+    xs = [x[None] if w == 8 else fields(w) for w in widths]
+    words = [tile if w == 8 else tile * w // 32 for w in widths]
+    scale = jnp.pad(scale.astype(jnp.float32).T, ((0, -M % G), (0, 0))).reshape(-1, G, N)
+    bn = min(N, 256 if 8 in widths else 512)
+    y = pl.pallas_call(
+        functools.partial(_kernel, widths=widths, master=o.master),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(pl.cdiv(N, bn), steps),
+            in_specs=[
+                *(pl.BlockSpec(each.shape, lambda i, k, _: (0, 0, 0)) for each in xs),
+                *(pl.BlockSpec((bn, n), lambda i, k, _: (i, k)) for n in words),
+                pl.BlockSpec((1, G, bn), lambda i, k, _: (k if group < tile else jax.lax.div(k * tile, group), 0, i)),
+            ],
+            out_specs=pl.BlockSpec((rows, bn), lambda i, k, _: (0, i)),
+            scratch_shapes=[pltpu.VMEM((rows, bn), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct((rows, N), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+        name="qmm",
+    )(bits.reshape(1), *xs, *planes, scale)
+    return y[:B]
+
+
+def _input_tile(widths: tuple[int, ...], K: int, M: int) -> int:
+    """How many inputs a program sees: all there are, or of every plane a multiple of 128 words."""
+    if 8 in widths:
+        return min(K, 1024)
+    whole, least = K + -K % BLOCK, 4096 // min(widths)
+    if M > 1:
+        return min(whole, least)
+    even = [n for n in range(4096 - 4096 % least, 0, -least) if whole % n == 0]  # no step with less to do
+    return whole if whole <= 4096 else even[0] if even else 4096 - 4096 % least
+
+
+def _served(x: Array, o: _Static, M: int) -> str:
+    """Why the kernel does not do this product; empty if it does."""
+    B, K = x.shape
+    group, tile = K // M, _input_tile(o.widths, K, M)
+    if o.act is not None:
+        return "inputs are quantised"
+    if not 0 < B <= MOST_ROWS:
+        return f"{B} rows; it is made for 1 to {MOST_ROWS}"
+    if M > 1 and (group % BLOCK or (group % tile and tile % group)):
+        return f"groups of {group} inputs; expected blocks of {BLOCK} that divide {tile} or are divided by it"
+    return ""
+
+
+# 4. Operation: the kernel on a TPU, the reference elsewhere; backward always the reference's.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _op(x, planes, scale, bits, o: _Static, interpret: Any):
+    return _launch(x, planes, scale, bits, o, interpret)
+
+
+def _forward(x, planes, scale, bits, o: _Static, interpret: Any):
+    return _op(x, planes, scale, bits, o, interpret), (x, planes, scale, bits)
+
+
+def _backward(o: _Static, interpret: Any, saved: Any, dy: Any):
+    x, planes, scale, bits = saved
+    _, back = jax.vjp(lambda x, scale: _plain(x, planes, scale, bits, o), x, scale)
+    dx, dscale = back(dy)
+    return dx, None, dscale, None
+
+
+_op.defvjp(_forward, _backward)
+
+
+def _plain(x, planes, scale, bits, o: _Static):
+    """By the reference. Codes depend on x, by a zero that the compiler cannot see is one: else it would find that a
+    decoding loop never changes them, and unpack all layers in front of it, into the memory of a float model. A barrier
+    does not do: it is gone when XLA orders what runs.
+    """
+    first = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x)[:1, :1].astype(jnp.float32), jnp.int32)
+    zero = jnp.minimum(jax.lax.shift_right_logical(first, 31), 0)  # of the sign, 0 or 1
+    planes = tuple(p + zero.astype(p.dtype) for p in planes) if x.size else planes
+    if o.master is not None:
+        codes = switch_codes(planes[0], o.master, o.bits or bits)
+    else:
+        codes = unpack(planes, o.bits or 8, x.shape[1])
+    return reference(x, codes, scale, o.act, jnp.float32)
+
+
 def qmm(
     x: Float[Array, "*lead K"],
     w: Int8[Array, "N K"] | Planes,
@@ -177,8 +321,9 @@ def qmm(
     master: int = 8,
     act: Literal["int8"] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
+    impl: Literal["auto", "xla", "pallas", "interpret"] = "auto",
 ) -> Float[Array, "*lead N"]:
-    """`x @ W^T` for W at `bits` bits. Every backend runs the reference today; kernels will be chosen here.
+    """`x @ W^T` for W at `bits` bits.
 
     The gradient in x is that of the dequantised matrix; codes have none.
 
@@ -190,44 +335,75 @@ def qmm(
       master: the width of the master.
       act: "int8" quantises x too, for each token.
       dtype: of the result; None is that of x.
+      impl: auto takes the kernel where a TPU runs it and it serves this product, on one device, and XLA elsewhere.
+        pallas is the kernel, interpret the kernel run step by step on any device, with races looked for.
     """
-    K = x.shape[-1]
-    if isinstance(w, tuple):
-        if not isinstance(bits, int):
-            raise TypeError(
-                f"qmm: packed words and bits={bits!r}; expected a Python int. Pass the master codes instead."
-            )
-        codes = unpack(w, bits, K)
+    planes, o = _described(x, w, scale, bits, master, act)
+    rows, at = x.reshape(-1, x.shape[-1]), jnp.asarray(bits, jnp.int32)
+    factor = scale_at(scale.astype(jnp.float32), master, bits)
+    why_not = _served(rows, o, scale.shape[1])
+    if impl not in _IMPLS or (impl in ("pallas", "interpret") and why_not):
+        raise ValueError(f"qmm: impl={impl!r}; expected one of {', '.join(_IMPLS)}. {why_not}")
+    if impl == "auto" and not why_not and _one_device():
+        kernel, plain = functools.partial(_op, o=o, interpret=False), functools.partial(_plain, o=o)
+        y = jax.lax.platform_dependent(rows, planes, factor, at, tpu=kernel, default=plain)
+    elif impl in ("auto", "xla"):
+        y = _plain(rows, planes, factor, at, o)
     else:
-        codes = switch_codes(w, master, bits)
-    if codes.ndim != 2 or codes.shape[1] != K or scale.ndim != 2 or scale.shape[0] != codes.shape[0]:
-        found = f"x {x.shape}, codes {codes.shape}, scale {scale.shape}"
-        raise ValueError(f"qmm: {found}; expected [..., K], [N, K], [N, M].")
-    if K % scale.shape[1]:
-        raise ValueError(f"qmm: {scale.shape[1]} scales a row for {K} inputs; expected groups of equal size.")
-    if act not in (None, "int8"):
-        raise ValueError(f"qmm: act={act!r}; expected None or 'int8'.")
-    return reference(x, codes, scale_at(scale.astype(jnp.float32), master, bits), act, dtype)
+        y = _op(rows, planes, factor, at, o, pltpu.InterpretParams(**_RACES) if impl == "interpret" else False)
+    return y.reshape(*x.shape[:-1], y.shape[1]).astype(dtype or x.dtype)
 
 
 def multiply(x: Float[Array, "B K"], w: QuantisedMatrix) -> Float[Array, "B N"]:
-    """`x @ W^T` in float32, for what is added to it; gains come last, as scales do.
-
-    Codes depend on x, by a zero that the compiler cannot see is one: else it would find that a decoding loop never
-    changes them, and unpack all layers in front of it, into the memory of a float model. A barrier does not do: it is
-    gone when XLA orders what runs.
-    """
+    """`x @ W^T` in float32, for what is added to it; gains come last, as scales do."""
     N = math.prod(w.shape) // x.shape[-1]
-    first = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x)[0, 0].astype(jnp.float32), jnp.int32)
-    zero = jnp.minimum(jax.lax.shift_right_logical(first, 31), 0)  # of the sign, 0 or 1
-    planes = tuple(p.reshape(N, -1) + zero.astype(p.dtype) for p in w.planes)
+    planes = tuple(p.reshape(N, -1) for p in w.planes)
     y = qmm(x, planes, w.scale.reshape(N, -1), bits=w.bits, master=w.master, act=w.act, dtype=jnp.float32)
     return y if w.gain is None else y * w.gain.astype(jnp.float32).reshape(1, N)
 
 
 # ----------------------------------------------------------------------------------------------------------- private
+def _described(x: Array, w: Array | Planes, scale: Array, bits: Any, master: int, act: Any) -> tuple[Planes, _Static]:
+    """What is multiplied, once it is known to fit together."""
+    K, planes = x.shape[-1], w if isinstance(w, tuple) else (w,)
+    packed, static = isinstance(w, tuple), isinstance(bits, int)
+    if packed and not static:
+        raise TypeError(f"qmm: packed words and bits={bits!r}; expected a Python int. Pass the master codes instead.")
+    if packed:
+        _check_planes(planes, bits, K)
+    else:
+        _check_codes("switch_codes", planes[0], master, bits)
+    codes = planes[0].shape if not packed else (*planes[0].shape[:-1], K)
+    if len(codes) != 2 or codes[1] != K or scale.ndim != 2 or scale.shape[0] != codes[0]:
+        raise ValueError(f"qmm: x {x.shape}, codes {codes}, scale {scale.shape}; expected [..., K], [N, K], [N, M].")
+    if K % scale.shape[1]:
+        raise ValueError(f"qmm: {scale.shape[1]} scales a row for {K} inputs; expected groups of equal size.")
+    if act not in (None, "int8"):
+        raise ValueError(f"qmm: act={act!r}; expected None or 'int8'.")
+    if packed:
+        return planes, _Static(_plane_widths(bits), bits, None, act)
+    if static and bits == master:
+        return planes, _Static((8,), 8, None, act)  # as they are, whatever their own width
+    return planes, _Static((8,), bits if static else None, master, act)
+
+
 def _plane_widths(bits: int) -> tuple[int, ...]:
     return tuple(w for w in (8, 4, 2, 1) if bits & w)
+
+
+def _switched(codes: Array, master: Any, bits: Array) -> Array:
+    """To a traced width, in the integers that are given."""
+    down = master - bits
+    odd = jnp.minimum(down, 1)  # at the master's own width nothing is added and nothing is shifted
+    top, half = ((1 << (bits - 1)) - 1) << down, (1 << jnp.maximum(down - 1, 0)) - 1
+    c = jnp.minimum(codes, top)
+    return (c + half + ((c >> down) & odd)) >> down
+
+
+def _one_device() -> bool:
+    """A kernel is not cut up by the compiler: under a mesh of several devices XLA does the product."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
 
 
 def _over_words(shifts: Int32[Array, " P"], ndim: int) -> Int32[Array, "..."]:
@@ -251,3 +427,7 @@ def _check_planes(planes: Planes, bits: int, K: int) -> None:
     want = [K] if bits == 8 else [blocks * 4 * w for w in _plane_widths(bits)]
     if (found := [p.shape[-1] for p in planes]) != want:
         raise ValueError(f"unpack: planes of {found} words; expected {want} for {K} inputs at {bits} bits.")
+
+
+_IMPLS = ("auto", "xla", "pallas", "interpret")
+_RACES: dict[str, Any] = dict(detect_races=True, uninitialized_memory="nan")

@@ -47,6 +47,12 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU; run with JAXAROO_TEST_PLATFORM=cuda"))
 
 
+@pytest.fixture
+def libtpu():
+    """The TPU compiler, which comes with the extra `aot`."""
+    return pytest.importorskip("libtpu", reason='needs the TPU compiler: pip install "jaxaroo[aot]"')
+
+
 @pytest.fixture(autouse=True)
 def dtype_promotion(request):
     """Mixing bf16 and f32 by accident is an error, but optax does it on purpose (b1 ** count)."""

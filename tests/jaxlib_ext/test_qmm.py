@@ -23,6 +23,7 @@ from jaxaroo.jaxlib_ext.qmm import (
     switch_codes,
 )
 from jaxaroo.jaxlib_ext.qmm import unpack as unpack_words
+from jaxaroo.sharding.topology import CHIPS, compile_for, kernel_traffic
 
 WIDTHS = (8, 6, 4, 3, 2)
 unpack = jax.jit(unpack_words, static_argnums=(1, 2))
@@ -300,6 +301,117 @@ def test_the_gradient_in_x_is_that_of_the_dequantised_matrix():
     half = jax.grad(lambda x: jnp.sum(static(x, codes, scale, bits=4).astype(jnp.float32) * g))(x.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(half, np.float64), g @ low, rtol=0.02, atol=0.02 * np.abs(g @ low).max())
+
+
+# ------------------------------------------------------------------------------------------------------------- kernel
+# B, K, N, M: one tile; K that fills no block; ragged tiles of N and K; groups within a tile, and of several tiles.
+KERNEL = [(1, 256, 40, 1), (3, 200, 24, 1), (2, 4352, 520, 1), (5, 2048, 16, 16), (64, 1152, 9, 9), (2, 8192, 8, 2)]
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "impl"))
+def by_kernel(x, w, scale, bits, impl="interpret"):
+    return qmm(x, w, scale, bits=bits, dtype=jnp.float32, impl=impl)
+
+
+def fast_product(x, codes, scale, bits):
+    """As `product`, without loops."""
+    low = round_again(np.asarray(codes), 8, bits) * 2.0 ** (8 - bits)
+    weights = low * np.repeat(np.asarray(scale, np.float64), codes.shape[1] // scale.shape[1], axis=1)
+    return np.asarray(x, np.float64) @ weights.T
+
+
+@pytest.mark.parametrize("bits", [4, 6, 2, 8, 3, 7, 5])
+@pytest.mark.parametrize("shape", KERNEL)
+def test_the_kernel_is_the_product(shape, bits):
+    """Step by step, races looked for, and with NaN in all memory that nobody has written."""
+    x, codes, scale = case(*shape)
+    x = (x * 1e4).astype(jnp.bfloat16 if shape[0] in (5, 64) else jnp.float32)
+    want = fast_product(x, codes, scale, bits)
+    got = by_kernel(x, repacked(codes, 8, bits), scale, bits)
+    assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("shape", KERNEL[1:4])
+def test_the_kernel_switches_master_codes_to_any_width(shape):
+    x, codes, scale = case(*shape)
+    for bits in WIDTHS:
+        want = fast_product(x, codes, scale, bits)
+        got = jax.jit(lambda b: qmm(x, codes, scale, bits=b, dtype=jnp.float32, impl="interpret"))(jnp.int32(bits))
+        assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)
+        static_bits = by_kernel(x, codes, scale, bits)
+        assert np.linalg.norm(static_bits - want) <= 1e-6 * np.linalg.norm(want)
+
+
+def test_the_kernels_gradients_are_those_of_the_reference():
+    x, codes, scale = case(5, 512, 9, 4)
+    scale, g = scale.astype(jnp.float32), jnp.asarray(np.random.default_rng(3).standard_normal((5, 9)), jnp.float32)
+    planes = repacked(codes, 8, 4)
+    loss = lambda x, scale, impl: jnp.sum(by_kernel(x, planes, scale, 4, impl) * g)
+    got, want = (jax.grad(loss, argnums=(0, 1))(x, scale, impl) for impl in ("interpret", "xla"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), got, want)
+
+
+def test_what_the_kernel_does_not_serve_goes_to_xla_and_says_why_when_named():
+    x, codes, scale = case(3, 200, 7, 1)
+    many = jnp.tile(x, (22, 1))
+    np.testing.assert_allclose(qmm(many, codes, scale, bits=8)[:3], qmm(x, codes, scale, bits=8), rtol=2e-5, atol=1e-5)
+    for impl in ("pallas", "interpret"):
+        with pytest.raises(ValueError, match=f"qmm: impl='{impl}'; .* 66 rows; it is made for 1 to 64"):
+            qmm(many, codes, scale, bits=8, impl=impl)
+    with pytest.raises(ValueError, match="inputs are quantised"):
+        qmm(x, codes, scale, bits=8, act="int8", impl="pallas")
+    with pytest.raises(ValueError, match="groups of 40 inputs; expected blocks of 128"):
+        qmm(x, codes, jnp.ones((7, 5)), bits=8, impl="pallas")
+    with pytest.raises(ValueError, match="qmm: impl='triton'; expected one of auto, xla, pallas, interpret"):
+        qmm(x, codes, scale, bits=8, impl="triton")
+    assert qmm(x[:0], codes, scale, bits=8).shape == (0, 7)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "cpu"])
+def test_each_platform_gets_its_own_program(platform):
+    """One function: the kernel where it is lowered for a TPU, XLA's product elsewhere and under a mesh of several."""
+    x, codes, scale = case(8, 256, 6, 2)
+    f = jax.jit(lambda x, w, scale: multiply(x, matrix(codes, scale, 4, (6,))))
+    text = str(jax.export.export(f, platforms=[platform])(x, codes, scale).mlir_module())
+    assert ("tpu_custom_call" in text) == (platform == "tpu")
+    with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+        shared = str(jax.export.export(f, platforms=[platform])(x, codes, scale).mlir_module())
+    assert "tpu_custom_call" not in shared
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_tpu_compiler_takes_the_kernel_at_the_shapes_of_an_8b_model(chip, libtpu):
+    """No copy of the words is made, and what the grid moves is at most 1.15 x what has to be moved."""
+    for B, K, N, M, bits in [
+        (1, 4096, 14336, 1, 4),
+        (16, 14336, 4096, 1, 2),
+        (64, 4096, 4096, 32, 4),
+        (1, 4096, 6144, 1, 6),
+    ]:
+        like = jax.ShapeDtypeStruct
+        planes = jax.eval_shape(lambda c, bits=bits: pack(c, bits), like((N, K), jnp.int8))
+        args = like((B, K), jnp.bfloat16), planes, like((N, M), jnp.bfloat16)
+        f = functools.partial(qmm, bits=bits, dtype=jnp.float32)
+        compiled = compile_for(chip, f, *args)
+        assert "qmm" in compiled.as_text()
+        assert not re.search(r"= s32\[\S+\]\{[^S}]*\} copy", compiled.as_text())  # but into S(1), fast memory
+        least = nbytes(bits, N, K, M) + 2 * B * K + 4 * B * N
+        [traffic] = kernel_traffic(functools.partial(f, impl="pallas"), *args)
+        assert least * 0.99 < traffic.moved <= 1.15 * least
+        assert traffic.held < 8 << 20
+
+
+@pytest.mark.aot
+def test_the_tpu_compiler_takes_every_width_and_switched_codes(libtpu):
+    like = jax.ShapeDtypeStruct
+    x, scale = like((8, 1024), jnp.float32), like((256, 1), jnp.bfloat16)
+    for bits in (8, 7, 5, 3):
+        planes = jax.eval_shape(lambda c, bits=bits: pack(c, bits), like((256, 1024), jnp.int8))
+        assert "qmm" in compile_for("v5e", functools.partial(qmm, bits=bits), x, planes, scale).as_text()
+    any_width = lambda x, codes, scale, bits: qmm(x, codes, scale, bits=bits)
+    args = x, like((256, 1024), jnp.int8), scale, like((), jnp.int32)
+    assert "qmm" in compile_for("v6e", any_width, *args).as_text()
 
 
 # ---------------------------------------------------------------------------------------------------------- a matrix
