@@ -1,0 +1,300 @@
+"""Attention of a few queries to a long cache: decoding, and the nodes of a tree of guesses that are judged together.
+
+    y_t = sum_s softmax_s(cap(q_t . k_s / sqrt(H))) v_s        over the rows s that node t sees
+
+A tree's own keys stand in the cache behind the committed rows, so ancestors, committed rows and windows are all one
+mask. The kernel packs it along nodes: bit t % 32 of word t // 32 at row s says whether node t sees row s, 4 bytes a row
+for up to 32 nodes. Rows behind the last that anybody sees are not read. Softmax runs over blocks of rows with a maximum
+that rises; the cache may be cut into parts that are worked through side by side, and merged by their log-sum-exp.
+
+Rows are floats, or codes of 8 or 4 bits with a scale and a zero for each row of each head (`models/cache.py`): then
+q . k = scale (q . codes) + zero sum(q), and likewise for values, so no row is ever written out as floats.
+
+Letters: B batch, T nodes, S rows, N heads, K key-value heads, G = N / K, H head size, R = T G queries of a head.
+"""
+
+import functools
+import math
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, BFloat16, Bool, Float, Int32, UInt8
+
+MOST_NODES = 64  # with more, scores are large products, and XLA's own are as good
+_HIDDEN = -1e30
+
+
+class CodedRows(Protocol):
+    """Keys or values as codes; with H bytes a row of 8 bits, with H / 2 of 4: number i low, number i + H / 2 high."""
+
+    codes: UInt8[Array, "B S K bytes"]
+    scale: BFloat16[Array, "B S K"]
+    zero: BFloat16[Array, "B S K"]
+
+
+Rows = Float[Array, "B S K H"] | CodedRows
+
+
+class _Static(NamedTuple):
+    cap: float | None
+    block: int  # rows of a step
+    parts: int  # of the cache
+    bits: int | None  # of codes; None for floats
+
+
+def dequantise(rows: CodedRows, head_dim: int, dtype: jax.typing.DTypeLike) -> Float[Array, "B S K H"]:
+    """What coded rows stand for, computed in float32 and rounded once."""
+    codes = rows.codes
+    if codes.shape[-1] != head_dim:
+        codes = jnp.concatenate([codes & 15, codes >> 4], axis=-1)
+    scale, zero = (a.astype(jnp.float32)[..., None] for a in (rows.scale, rows.zero))
+    return (codes.astype(jnp.float32) * scale + zero).astype(dtype)
+
+
+# 1. Reference: scores of all rows at once.
+def reference(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
+    softcap: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention; scores, softmax and the weighted sum accumulate in float32.
+
+    Heads are moved in front of rows by hand: einsum would transpose the `[T, S]` scores instead, which are larger.
+    """
+    (B, T, N, H), K = q.shape, k.shape[2]
+    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    k, v = (rows.astype(q.dtype).swapaxes(1, 2) for rows in (k, v))  # [B, K, S, H]
+    score = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    score = score if softcap is None else softcap * jnp.tanh(score / softcap)
+    prob = jax.nn.softmax(jnp.where(mask[:, None, None], score, _HIDDEN), axis=-1).astype(q.dtype)
+    out = jnp.einsum("bkgts,bksh->bkgth", prob, v, preferred_element_type=jnp.float32)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
+
+
+# 2. Kernel: a block of rows for all heads of one sequence.
+#   used [B] | q [K, R, H] | k, v: [bs, K, H], or codes, scale and zero | seen [words, bs]
+#   -> y [K, R, H], lse [K, R]; kept from block to block: sum [K, R, H], total and maximum [K, R, 1]
+def _kernel(used_ref, q_ref, *refs, o: _Static, S: int, G: int):
+    n = 1 if o.bits is None else 3
+    k_refs, v_refs, (seen_ref, y_ref, lse_ref, sum_ref, total_ref, top_ref) = refs[:n], refs[n : 2 * n], refs[2 * n :]
+    (K, R, H), bs, steps = q_ref.shape[1:], seen_ref.shape[2], pl.num_programs(2)
+    step = pl.program_id(1) * steps + pl.program_id(2)
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        sum_ref[...], total_ref[...] = jnp.zeros_like(sum_ref), jnp.zeros_like(total_ref)
+        top_ref[...] = jnp.full_like(top_ref, _HIDDEN)
+
+    @pl.when(step * bs < used_ref[pl.program_id(0)])
+    def _():
+        node = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, (R, bs), 0), jnp.int32(G))
+        words = seen_ref[0]
+        word = jnp.broadcast_to(words[:1], (R, bs))
+        if words.shape[0] > 1:
+            word = jnp.where(node < 32, word, jnp.broadcast_to(words[1:2], (R, bs)))
+        row = step * bs + jax.lax.broadcasted_iota(jnp.int32, (R, bs), 1)
+        seen = (((word >> (node & 31)) & 1) == 1) & (row < S)
+        keys, values = _read(k_refs, o.bits), _read(v_refs, o.bits)
+        there = step * bs + jax.lax.broadcasted_iota(jnp.int32, (bs, 1), 0) < S  # behind the end may be anything
+        for h in range(K):
+            q, y = q_ref[0, h], sum_ref[h]
+            z = keys.times(q, h) * H**-0.5
+            z = z if o.cap is None else o.cap * jnp.tanh(z / o.cap)
+            z = jnp.where(seen, z, _HIDDEN)
+            top = jnp.maximum(top_ref[h], jnp.max(z, axis=-1, keepdims=True))
+            p, shrink = jnp.where(seen, jnp.exp(z - top), 0.0), jnp.exp(top_ref[h] - top)
+            total_ref[h] = total_ref[h] * shrink + jnp.sum(p, axis=-1, keepdims=True)
+            sum_ref[h] = y * shrink + values.weighted(p, h, there, q.dtype)
+            top_ref[h] = top
+
+    @pl.when(pl.program_id(2) == steps - 1)
+    def _():
+        total = total_ref[...]
+        y_ref[...] = (sum_ref[...] / jnp.where(total > 0, total, 1.0)).astype(y_ref.dtype)[None, None]
+        lse = jnp.where(total > 0, top_ref[...] + jnp.log(jnp.where(total > 0, total, 1.0)), _HIDDEN)
+        lse_ref[...] = lse[None, None]
+
+
+class _Block(NamedTuple):
+    """Rows of one block, heads in front."""
+
+    halves: tuple[Any, ...]  # [K, bs, H] floats; of 4 bits two of [K, bs, H / 2]
+    scale: Any = None  # [K, bs, 1]
+    zero: Any = None
+
+    def times(self, q, h: int):
+        """[R, H] -> scores [R, bs]."""
+        width = self.halves[0].shape[-1]
+        pieces = [
+            _dot(q[:, i * width : (i + 1) * width], half[h].astype(q.dtype), 1) for i, half in enumerate(self.halves)
+        ]
+        z = sum(pieces[1:], pieces[0])
+        if self.scale is None:
+            return z
+        total = jnp.sum(q.astype(jnp.float32), axis=-1, keepdims=True)
+        return z * self.scale[h].reshape(1, -1) + total * self.zero[h].reshape(1, -1)
+
+    def weighted(self, p, h: int, there, dtype):
+        """[R, bs] -> sums of values [R, H]."""
+        if self.scale is None:
+            return _dot(p.astype(dtype), jnp.where(there, self.halves[0][h], 0).astype(dtype), 0)
+        scale, zero = (jnp.where(there, x[h], 0.0).reshape(1, -1) for x in (self.scale, self.zero))
+        each = [_dot((p * scale).astype(dtype), half[h].astype(dtype), 0) for half in self.halves]
+        return jnp.concatenate(each, axis=-1) + jnp.sum(p * zero, axis=-1, keepdims=True)
+
+
+def _read(refs, bits: int | None) -> _Block:
+    heads_first = lambda x: jnp.swapaxes(x, 0, 1)
+    if bits is None:
+        return _Block((heads_first(refs[0][0]),))
+    codes = refs[0][0].astype(jnp.int32)
+    halves = (codes,) if bits == 8 else (codes & 15, codes >> 4)
+    scale, zero = (heads_first(ref[0].astype(jnp.float32)[..., None]) for ref in refs[1:])
+    return _Block(tuple(heads_first(half.astype(jnp.float32)) for half in halves), scale, zero)
+
+
+def _dot(a, b, over: int):
+    precise = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(a, b, (((1,), (over,)), ((), ())), precision=precise, preferred_element_type=jnp.float32)
+
+
+# 3. Launch: heads in front of nodes, the mask packed, and blocks up to the last row in use.
+def _launch(q, k, v, mask, o: _Static, interpret: Any = False):
+    (B, T, N, H), S = q.shape, mask.shape[2]
+    leaves = lambda rows: (rows,) if o.bits is None else (rows.codes, rows.scale, rows.zero)
+    K = leaves(k)[0].shape[2]
+    G = N // K
+    grouped = q.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
+    used = jnp.max(jnp.where(jnp.any(mask, axis=1), jnp.arange(1, S + 1, dtype=jnp.int32)[None], 0), axis=1)
+    steps = pl.cdiv(pl.cdiv(S, o.block), o.parts)
+
+    def row_block(b, part, i, used):  # what nobody sees is not fetched: the block before stays
+        last = jax.lax.div(jnp.maximum(used[b] - 1, 0), jnp.int32(o.block))
+        return jnp.minimum(part * steps + i, last)
+
+    whole = lambda *shape: pl.BlockSpec((1, *shape), lambda b, part, i, used: (b, *(0 for _ in shape)))
+    rows = lambda x: pl.BlockSpec(
+        (1, o.block, *x.shape[2:]), lambda *at: (at[0], row_block(*at), *(0 for _ in x.shape[2:]))
+    )
+    words = _pack(mask)
+    each = (*leaves(k), *leaves(v))
+    y, lse = pl.pallas_call(
+        functools.partial(_kernel, o=o, S=S, G=G),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, o.parts, steps),
+            in_specs=[
+                whole(K, T * G, H),
+                *map(rows, each),
+                pl.BlockSpec((1, words.shape[1], o.block), lambda *at: (at[0], 0, row_block(*at))),
+            ],
+            out_specs=[
+                pl.BlockSpec((1, 1, K, T * G, H), lambda b, part, i, used: (b, part, 0, 0, 0)),
+                pl.BlockSpec((1, 1, K, T * G, 1), lambda b, part, i, used: (b, part, 0, 0, 0)),
+            ],
+            scratch_shapes=[
+                pltpu.VMEM((K, T * G, H), jnp.float32),
+                pltpu.VMEM((K, T * G, 1), jnp.float32),
+                pltpu.VMEM((K, T * G, 1), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((B, o.parts, K, T * G, H), q.dtype if o.parts == 1 else jnp.float32),
+            jax.ShapeDtypeStruct((B, o.parts, K, T * G, 1), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        interpret=interpret,
+        name="tree_attention",
+    )(used, grouped, *each, words)
+    y = y[:, 0] if o.parts == 1 else jnp.sum(y * jax.nn.softmax(lse, axis=1), axis=1)
+    return y.reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H).astype(q.dtype)
+
+
+def _pack(mask: Bool[Array, "B T S"]) -> Int32[Array, "B words S"]:
+    """Bit t % 32 of word t // 32: node t."""
+    T = mask.shape[1]
+    padded = jnp.pad(mask, ((0, 0), (0, -T % 32), (0, 0))).reshape(mask.shape[0], -1, 32, mask.shape[2])
+    bits = padded.astype(jnp.int32) << jnp.arange(32, dtype=jnp.int32).reshape(1, 1, 32, 1)
+    return jnp.sum(bits, axis=2, dtype=jnp.int32)
+
+
+# 4. Operation: the kernel on a TPU, the reference elsewhere; backward always the reference's.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _op(q, k, v, mask, o: _Static, interpret: Any):
+    return _launch(q, k, v, mask, o, interpret)
+
+
+def _forward(q, k, v, mask, o: _Static, interpret: Any):
+    return _op(q, k, v, mask, o, interpret), (q, k, v, mask)
+
+
+def _backward(o: _Static, interpret: Any, saved: Any, dy: Any):
+    q, k, v, mask = saved
+    if o.bits is not None:
+        return jax.vjp(lambda q: _plain(q, k, v, mask, o), q)[1](dy)[0], None, None, None
+    return *jax.vjp(lambda q, k, v: _plain(q, k, v, mask, o), q, k, v)[1](dy), None
+
+
+_op.defvjp(_forward, _backward)
+
+
+def _plain(q, k, v, mask, o: _Static):
+    if o.bits is not None:
+        k, v = (dequantise(rows, q.shape[-1], q.dtype) for rows in (k, v))
+    return reference(q, k, v, mask, o.cap)
+
+
+def tree_attention(
+    q: Float[Array, "B T N H"],
+    k: Rows,
+    v: Rows,
+    mask: Bool[Array, "B T S"],
+    *,
+    softcap: float | None = None,
+    parts: int = 1,
+    impl: Literal["auto", "xla", "pallas", "interpret"] = "auto",
+) -> Float[Array, "B T N H"]:
+    """Attend to the rows of a cache.
+
+    Args:
+      q: queries, rotated.
+      k: all rows of the cache, those of the queries themselves included.
+      v: likewise, kept in the same way.
+      mask: which rows each query sees. What a query that sees none gets is finite, and nothing else is promised.
+      softcap: scores become `softcap * tanh(score / softcap)`.
+      parts: into how many parts the kernel cuts the cache: as many as the chip has cores, at batch 1.
+      impl: auto takes the kernel where a TPU runs it, for up to 64 nodes on one device, and XLA elsewhere. pallas is
+        the kernel, interpret the kernel run step by step on any device, with races looked for.
+    """
+    codes = getattr(k, "codes", None)
+    (B, T, N, H), rows = q.shape, jnp.shape(k if codes is None else codes)
+    bits = None if codes is None else 8 if rows[-1] == H else 4
+    if (rows[0], mask.shape) != (B, (B, T, rows[1])) or N % rows[2] or rows[-1] not in (H, H // 2 if bits == 4 else H):
+        raise ValueError(
+            f"tree_attention: q {q.shape}, rows {rows}, mask {mask.shape}; expected [B, T, N, H], [B, S, K, H] with "
+            "K dividing N, [B, T, S]."
+        )
+    if parts < 1 or impl not in _IMPLS:
+        raise ValueError(f"tree_attention: parts={parts}, impl={impl!r}; expected 1 or more, one of {_IMPLS}.")
+    width = 1 if bits else jnp.dtype(getattr(k, "dtype", q.dtype)).itemsize
+    block = max(128, (1 << 20) // (math.prod(rows[2:]) * width) // 128 * 128)
+    o = _Static(softcap, min(block, 512, rows[1] + -rows[1] % 128), parts, bits)
+    if impl in ("pallas", "interpret"):
+        if T > MOST_NODES:
+            raise ValueError(f"tree_attention: impl={impl!r} for {T} nodes; it is made for up to {MOST_NODES}.")
+        return _op(q, k, v, mask, o, pltpu.InterpretParams(**_RACES) if impl == "interpret" else False)
+    mesh = jax.sharding.get_abstract_mesh()
+    if impl == "auto" and T <= MOST_NODES and (mesh.empty or mesh.size == 1):
+        kernel, plain = functools.partial(_op, o=o, interpret=False), functools.partial(_plain, o=o)
+        return jax.lax.platform_dependent(q, k, v, mask, tpu=kernel, default=plain)
+    return _plain(q, k, v, mask, o)
+
+
+# ----------------------------------------------------------------------------------------------------------- private
+_IMPLS = ("auto", "xla", "pallas", "interpret")
+_RACES: dict[str, Any] = dict(detect_races=True, uninitialized_memory="nan")
