@@ -1,6 +1,7 @@
-"""Operations: what each means in plain JAX, and in time the kernels that stand beside it.
+"""Operations: what each means in plain JAX, and the kernel beside it where there is one.
 
-token_stats.py  log-probability, log-sum-exp and entropy of chosen tokens without [N, V] logits
-token_kl.py     divergence of a policy from its reference at every token, likewise
-qmm.py          products with quantised matrices at any width: switching, packing, multiplying
+token_stats.py     log-probability, log-sum-exp and entropy of chosen tokens without [N, V] logits
+token_kl.py        divergence of a policy from its reference at every token, likewise
+qmm.py             products with quantised matrices at any width: switching, packing, multiplying (TPU kernel)
+tree_attention.py  a few queries, or a tree of guesses, over a long cache of floats or codes (TPU kernel)
 """

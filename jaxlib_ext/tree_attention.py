@@ -30,9 +30,14 @@ _HIDDEN = -1e30
 class CodedRows(Protocol):
     """Keys or values as codes; with H bytes a row of 8 bits, with H / 2 of 4: number i low, number i + H / 2 high."""
 
-    codes: UInt8[Array, "B S K bytes"]
-    scale: BFloat16[Array, "B S K"]
-    zero: BFloat16[Array, "B S K"]
+    @property
+    def codes(self) -> UInt8[Array, "B S K bytes"]: ...
+
+    @property
+    def scale(self) -> BFloat16[Array, "B S K"]: ...
+
+    @property
+    def zero(self) -> BFloat16[Array, "B S K"]: ...
 
 
 Rows = Float[Array, "B S K H"] | CodedRows
@@ -99,8 +104,10 @@ def _kernel(used_ref, q_ref, *refs, o: _Static, S: int, G: int):
             word = jnp.where(node < 32, word, jnp.broadcast_to(words[1:2], (R, bs)))
         row = step * bs + jax.lax.broadcasted_iota(jnp.int32, (R, bs), 1)
         seen = (((word >> (node & 31)) & 1) == 1) & (row < S)
-        keys, values = _read(k_refs, o.bits), _read(v_refs, o.bits)
-        there = step * bs + jax.lax.broadcasted_iota(jnp.int32, (bs, 1), 0) < S  # behind the end may be anything
+        keys, values = (_read(refs, o.bits, q_ref.dtype) for refs in (k_refs, v_refs))
+        there = tuple(
+            step * bs + jax.lax.broadcasted_iota(jnp.int32, at, i) < S for i, at in enumerate([(bs, 1), (1, bs)])
+        )
         for h in range(K):
             q, y = q_ref[0, h], sum_ref[h]
             z = keys.times(q, h) * H**-0.5
@@ -109,7 +116,7 @@ def _kernel(used_ref, q_ref, *refs, o: _Static, S: int, G: int):
             top = jnp.maximum(top_ref[h], jnp.max(z, axis=-1, keepdims=True))
             p, shrink = jnp.where(seen, jnp.exp(z - top), 0.0), jnp.exp(top_ref[h] - top)
             total_ref[h] = total_ref[h] * shrink + jnp.sum(p, axis=-1, keepdims=True)
-            sum_ref[h] = y * shrink + values.weighted(p, h, there, q.dtype)
+            sum_ref[h] = y * shrink + values.weighted(p, h, there)
             top_ref[h] = top
 
     @pl.when(pl.program_id(2) == steps - 1)
@@ -121,41 +128,40 @@ def _kernel(used_ref, q_ref, *refs, o: _Static, S: int, G: int):
 
 
 class _Block(NamedTuple):
-    """Rows of one block, heads in front."""
+    """Rows of one block, heads in front. What stands behind the last row, `there` says of rows, may be anything."""
 
-    halves: tuple[Any, ...]  # [K, bs, H] floats; of 4 bits two of [K, bs, H / 2]
-    scale: Any = None  # [K, bs, 1]
+    halves: tuple[Any, ...]  # [K, bs, H]; of 4 bits two of [K, bs, H / 2]
+    scale: Any = None  # [K, bs]
     zero: Any = None
 
     def times(self, q, h: int):
         """[R, H] -> scores [R, bs]."""
         width = self.halves[0].shape[-1]
-        pieces = [
-            _dot(q[:, i * width : (i + 1) * width], half[h].astype(q.dtype), 1) for i, half in enumerate(self.halves)
-        ]
-        z = sum(pieces[1:], pieces[0])
+        each = [_dot(q[:, i * width : (i + 1) * width], half[h], 1) for i, half in enumerate(self.halves)]
+        z = sum(each[1:], each[0])
         if self.scale is None:
             return z
-        total = jnp.sum(q.astype(jnp.float32), axis=-1, keepdims=True)
-        return z * self.scale[h].reshape(1, -1) + total * self.zero[h].reshape(1, -1)
+        return z * self.scale[h : h + 1] + jnp.sum(q.astype(jnp.float32), axis=-1, keepdims=True) * self.zero[h : h + 1]
 
-    def weighted(self, p, h: int, there, dtype):
+    def weighted(self, p, h: int, there):
         """[R, bs] -> sums of values [R, H]."""
+        column, row = there
         if self.scale is None:
-            return _dot(p.astype(dtype), jnp.where(there, self.halves[0][h], 0).astype(dtype), 0)
-        scale, zero = (jnp.where(there, x[h], 0.0).reshape(1, -1) for x in (self.scale, self.zero))
-        each = [_dot((p * scale).astype(dtype), half[h].astype(dtype), 0) for half in self.halves]
+            values = self.halves[0][h]
+            return _dot(p.astype(values.dtype), jnp.where(column, values, jnp.zeros_like(values)), 0)
+        scale, zero = (jnp.where(row, x[h : h + 1], 0.0) for x in (self.scale, self.zero))
+        each = [_dot((p * scale).astype(half.dtype), half[h], 0) for half in self.halves]
         return jnp.concatenate(each, axis=-1) + jnp.sum(p * zero, axis=-1, keepdims=True)
 
 
-def _read(refs, bits: int | None) -> _Block:
+def _read(refs, bits: int | None, dtype) -> _Block:
     heads_first = lambda x: jnp.swapaxes(x, 0, 1)
     if bits is None:
-        return _Block((heads_first(refs[0][0]),))
+        return _Block((heads_first(refs[0][0].astype(dtype)),))
     codes = refs[0][0].astype(jnp.int32)
     halves = (codes,) if bits == 8 else (codes & 15, codes >> 4)
-    scale, zero = (heads_first(ref[0].astype(jnp.float32)[..., None]) for ref in refs[1:])
-    return _Block(tuple(heads_first(half.astype(jnp.float32)) for half in halves), scale, zero)
+    scale, zero = (heads_first(ref[0].astype(jnp.float32)) for ref in refs[1:])
+    return _Block(tuple(heads_first(half.astype(jnp.float32).astype(dtype)) for half in halves), scale, zero)
 
 
 def _dot(a, b, over: int):
@@ -272,7 +278,7 @@ def tree_attention(
         the kernel, interpret the kernel run step by step on any device, with races looked for.
     """
     codes = getattr(k, "codes", None)
-    (B, T, N, H), rows = q.shape, jnp.shape(k if codes is None else codes)
+    (B, T, N, H), rows = q.shape, (k if codes is None else codes).shape  # type: ignore[union-attr]
     bits = None if codes is None else 8 if rows[-1] == H else 4
     if (rows[0], mask.shape) != (B, (B, T, rows[1])) or N % rows[2] or rows[-1] not in (H, H // 2 if bits == 4 else H):
         raise ValueError(
@@ -281,7 +287,7 @@ def tree_attention(
         )
     if parts < 1 or impl not in _IMPLS:
         raise ValueError(f"tree_attention: parts={parts}, impl={impl!r}; expected 1 or more, one of {_IMPLS}.")
-    width = 1 if bits else jnp.dtype(getattr(k, "dtype", q.dtype)).itemsize
+    width = 4 if bits else jnp.dtype(getattr(k, "dtype", q.dtype)).itemsize  # codes are spread into 4 bytes
     block = max(128, (1 << 20) // (math.prod(rows[2:]) * width) // 128 * 128)
     o = _Static(softcap, min(block, 512, rows[1] + -rows[1] % 128), parts, bits)
     if impl in ("pallas", "interpret"):

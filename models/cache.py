@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int, UInt8
 
+from ..jaxlib_ext.tree_attention import dequantise
+
 # Finite numbers beyond this are read as this: no difference of two of them overflows. What is infinite or not a number
 # stays so, with its whole row: whoever looks for it behind the model finds it as with a cache of floats.
 LARGEST = 2.0**126
@@ -48,7 +50,7 @@ Rows = Float[Array, "B S K H"] | Int8Rows | Int4Rows
 
 
 class LayerCache(NamedTuple):
-    """Keys (after rotation) and values of one layer; their type says how they are kept. `read_rows` gives floats."""
+    """Keys (after rotation) and values of one layer; their type says how they are kept."""
 
     k: Rows
     v: Rows
@@ -118,13 +120,6 @@ def write_rows(
     return jax.tree.map(put, cache, LayerCache(_kept_as(cache.k, k), _kept_as(cache.v, v)))
 
 
-def read_rows(
-    cache: LayerCache, dtype: jax.typing.DTypeLike
-) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """All keys and values of a layer, as attention multiplies them."""
-    return dequantise_rows(cache.k, dtype), dequantise_rows(cache.v, dtype)
-
-
 def keep_path(cache: KVCache, path: Int[Array, "B C"]) -> KVCache:
     """Move the rows `length + path` to `length ..`, for every layer; `length` stays.
 
@@ -162,11 +157,7 @@ def dequantise_rows(rows: Rows, dtype: jax.typing.DTypeLike) -> Float[Array, "B 
     """What rows stand for, computed in float32 and rounded once."""
     if not isinstance(rows, Int8Rows | Int4Rows):
         return rows.astype(dtype)
-    codes = rows.codes
-    if isinstance(rows, Int4Rows):
-        codes = jnp.concatenate([codes & 15, codes >> 4], axis=-1)
-    scale, zero = (a.astype(jnp.float32)[..., None] for a in (rows.scale, rows.zero))
-    return (codes.astype(jnp.float32) * scale + zero).astype(dtype)
+    return dequantise(rows, rows.codes.shape[-1] * (2 if isinstance(rows, Int4Rows) else 1), dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------- private

@@ -23,8 +23,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ..jaxlib_ext.qmm import QuantisedMatrix, multiply
+from ..jaxlib_ext.tree_attention import reference as attend
+from ..jaxlib_ext.tree_attention import tree_attention
 from ..sharding.rules import REPLICATED, Rules
-from .cache import KVCache, LayerCache, init_cache, read_rows, write_rows
+from .cache import KVCache, LayerCache, init_cache, write_rows
 
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "full"]
@@ -175,22 +177,6 @@ def project(x: jax.Array, w: nnx.Param, bias: nnx.Param | None = None, *, over: 
     return (y if bias is None else y + _over_last(bias[...], y.ndim)).astype(x.dtype)
 
 
-def attend(
-    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "B T S"]
-) -> Float[Array, "B T N H"]:
-    """Grouped-query attention; scores, softmax and the weighted sum accumulate in float32.
-
-    Heads are moved in front of rows by hand: einsum would transpose the `[T, S]` scores instead, which are larger.
-    """
-    (B, T, N, H), K = q.shape, k.shape[2]
-    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
-    k, v = (rows.astype(q.dtype).swapaxes(1, 2) for rows in (k, v))  # [B, K, S, H]
-    score = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * H**-0.5
-    prob = jax.nn.softmax(jnp.where(mask[:, None, None], score, -1e30), axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkgts,bksh->bkgth", prob, v, preferred_element_type=jnp.float32)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
-
-
 def attend_in_order(
     q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], mask: Bool[Array, "B T T"]
 ) -> Float[Array, "B T N H"]:
@@ -245,9 +231,9 @@ class Attention(nnx.Module):
         k = rotate(k, rope)
         if cache is not None and length is not None:
             cache = write_rows(cache, length, k, v)
-            k, v = read_rows(cache, x.dtype)  # the new rows too, as every later query will see them
-        in_order = cache is None and not rules.shares_out(rules.seq)  # slices of a row that is shared out would move
-        out = (attend_in_order if in_order else attend)(q, k, v, mask)
+            out = tree_attention(q, cache.k, cache.v, mask)  # the new rows too, as every later query will see them
+        else:  # slices of a row that is shared out would move
+            out = (attend if rules.shares_out(rules.seq) else attend_in_order)(q, k, v, mask)
         return project(out, self.o, getattr(self, "o_bias", None), over=2), cache
 
 

@@ -8,13 +8,12 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.extend.core import jaxpr_as_fun
 from jax.sharding import SingleDeviceSharding
 
 
@@ -90,34 +89,41 @@ class Traffic(NamedTuple):
     held: int  # bytes of fast memory: blocks, twice where the next is fetched meanwhile, and scratch
 
 
-def kernel_traffic(f: Callable[..., Any], *shapes: Any) -> list[Traffic]:
+def kernel_traffic(f: Callable[..., Any], *shapes: Any, scalars: Sequence[Any] = ()) -> list[Traffic]:
     """What the kernels of a program move: a block counts when its index is not that of the step before.
 
-    That is what the pipeline of a TPU does for blocks whose place is a function of the grid. Of kernels that copy by
-    themselves, or whose places depend on data, this says nothing: they raise NotImplementedError.
+    That is what the pipeline of a TPU does for blocks. What a kernel copies by itself is not seen.
+
+    Args:
+      f: a function of arrays that calls kernels.
+      shapes: trees of arrays or `jax.ShapeDtypeStruct`.
+      scalars: what the prefetched operands of its kernels hold, in their order, where places of blocks read them.
+
+    Raises:
+      ValueError: if places read such an operand and it is not given.
     """
     found: list[Traffic] = []
     program = jax.make_jaxpr(f)(*jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes))
-    _kernels(program.jaxpr, found)
+    _kernels(program.jaxpr, tuple(map(jnp.asarray, scalars)), found)
     return found
 
 
 # ----------------------------------------------------------------------------------------------------------- private
-def _kernels(program: Any, found: list[Traffic]) -> None:
+def _kernels(program: Any, scalars: tuple[Any, ...], found: list[Traffic]) -> None:
     for equation in program.eqns:
         if equation.primitive.name == "pallas_call":
-            found.append(_traffic(equation))
+            found.append(_traffic(equation, scalars))
             continue
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
             if _is_program(value):
-                _kernels(getattr(value, "jaxpr", value), found)
+                _kernels(getattr(value, "jaxpr", value), scalars, found)
 
 
 def _is_program(x: Any) -> bool:
     return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
 
 
-def _traffic(equation: Any) -> Traffic:
+def _traffic(equation: Any, scalars: tuple[Any, ...]) -> Traffic:
     mapping = equation.params["grid_mapping"]
     steps = [()]
     for size in mapping.grid:
@@ -128,7 +134,7 @@ def _traffic(equation: Any) -> Traffic:
         sizes = [size if isinstance(size, int) else 1 for size in sizes]  # an axis that is gone
         width = block.array_aval.dtype.itemsize
         whole = block.array_aval.shape
-        place = jax.jit(jax.vmap(functools.partial(_place, block)))
+        place = jax.jit(jax.vmap(functools.partial(_place, block, scalars)))
         at = [*zip(*jax.device_get(place(jnp.asarray(steps, jnp.int32).reshape(len(steps), -1))), strict=True)]
         fetched = [here for i, here in enumerate(at) if i == 0 or here != at[i - 1]]
         inside = lambda here, sizes=sizes, whole=whole: math.prod(
@@ -141,9 +147,20 @@ def _traffic(equation: Any) -> Traffic:
     return Traffic(equation.params["name"] or "kernel", int(moved), held)
 
 
-def _place(block: Any, step: Any) -> Any:
-    index_map = block.index_map_jaxpr
-    if any(e.primitive.name == "get" for e in index_map.jaxpr.eqns):
-        raise NotImplementedError("kernel_traffic: places of blocks depend on data; expected on the grid alone.")
-    given = [*step, *(0 for _ in index_map.jaxpr.invars[step.shape[0] :])]
-    return jaxpr_as_fun(index_map)(*given)
+def _place(block: Any, scalars: tuple[Any, ...], step: Any) -> Any:
+    """Where a block stands at a step of the grid."""
+    program = block.index_map_jaxpr
+    names = program.jaxpr.invars
+    known: dict[Any, Any] = dict(zip(names, [*step, *scalars], strict=False))
+    known |= dict(zip(program.jaxpr.constvars, program.consts, strict=True))
+    value = lambda v: v.val if hasattr(v, "val") else known.get(v)
+    for equation in program.jaxpr.eqns:
+        given = [value(v) for v in equation.invars]
+        if equation.primitive.name == "get":  # of a prefetched operand, at one place
+            if given[0] is None:
+                raise ValueError("kernel_traffic: places of blocks depend on data; expected it as `scalars`.")
+            out = given[0][tuple(given[1:])]
+        else:
+            out = equation.primitive.bind(*given, **equation.params)
+        known |= dict(zip(equation.outvars, out if equation.primitive.multiple_results else [out], strict=True))
+    return [value(v) for v in program.jaxpr.outvars]

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -57,21 +58,25 @@ def test_one_block_of_everything_is_fetched_once_and_held_once():
     assert [t.name for t in kernel_traffic(lambda x: jax.lax.fori_loop(0, 3, lambda _, x: whole(x), x), x)] == ["copy"]
 
 
-def test_places_that_depend_on_data_are_refused():
+def test_places_that_depend_on_data_are_counted_for_the_data_that_are_given():
     def copy(at, x, y):
         y[...] = x[...]
 
     def gather(at, x):
         spec = pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(2,),
-            in_specs=[pl.BlockSpec((8, 128), lambda i, at: (at[i], 0))],
+            grid=(4,),
+            in_specs=[pl.BlockSpec((8, 128), lambda i, at: (jnp.minimum(at[i], 5), 0))],
             out_specs=pl.BlockSpec((8, 128), lambda i, at: (i, 0)),
         )
-        return pl.pallas_call(copy, grid_spec=spec, out_shape=jax.ShapeDtypeStruct((16, 128), jnp.float32))(at, x)
+        return pl.pallas_call(copy, grid_spec=spec, out_shape=jax.ShapeDtypeStruct((32, 128), jnp.float32))(at, x)
 
-    with pytest.raises(NotImplementedError, match="places of blocks depend on data"):
-        kernel_traffic(gather, jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((64, 128), jnp.float32))
+    shapes = jax.ShapeDtypeStruct((4,), jnp.int32), jax.ShapeDtypeStruct((64, 128), jnp.float32)
+    block = 4 * 8 * 128
+    for places, fetched in (([0, 1, 2, 3], 4), ([3, 3, 3, 1], 2), ([5, 6, 7, 0], 2)):
+        assert kernel_traffic(gather, *shapes, scalars=[np.int32(places)])[0].moved == (fetched + 4) * block
+    with pytest.raises(ValueError, match="places of blocks depend on data; expected it as `scalars`"):
+        kernel_traffic(gather, *shapes)
 
 
 @pytest.mark.aot

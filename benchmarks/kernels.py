@@ -1,0 +1,198 @@
+"""What do the kernels move and hold, for chips that are not here; and on a chip that is, how fast are they?
+
+Compiled: each kernel at the shapes of an 8B model (Llama 3), by the TPU's own compiler, for v5e, v5p, v6e and TPU7x.
+`moved` are the bytes between the chip's large memory and its fast one, counted from the blocks of the compiled grid,
+`least` those that the operation has to move: its operands and its result, once. `held` is fast memory. `floor_seconds`
+is what the published rates allow, by bytes or by FLOPs, and no measurement. Then whole decode steps of that model at
+several widths: what a chip holds. Needs libtpu (extra `aot`).
+
+Timed, where the device is no CPU: kernel and XLA's own version by turns in one process, each 8 times in one program.
+
+    python -m benchmarks.kernels
+    python -m benchmarks.kernels --steps 16 4              (widths of whole decode steps; none by default)
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import record
+from jaxaroo.jaxlib_ext.qmm import pack, qmm
+from jaxaroo.jaxlib_ext.tree_attention import tree_attention
+from jaxaroo.models.cache import Int4Rows, Int8Rows, init_cache
+from jaxaroo.models.decoder import forward, init_params, lm_head, unstack_layers
+from jaxaroo.models.multi_precision import init_scales, switch_bits, to_master
+from jaxaroo.models.presets import preset
+from jaxaroo.models.quantise import QuantConfig
+from jaxaroo.sharding.topology import CHIPS, compile_for, kernel_traffic
+
+MATRICES = r"layers/(attn/[qkvo]|mlp/(gate|up|down))"
+like = jax.ShapeDtypeStruct
+
+
+class Case(NamedTuple):
+    """An operation at a shape."""
+
+    name: str
+    run: Callable[..., Any]  # takes `impl`
+    args: tuple[Any, ...]
+    flops: float
+    scalars: tuple[Any, ...] = ()  # that places of its kernel's blocks depend on
+
+    @property
+    def least(self) -> int:
+        """Bytes of operands and result."""
+        leaves = [*jax.tree.leaves(self.args), jax.eval_shape(functools.partial(self.run, impl="xla"), *self.args)]
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+
+
+def cases() -> list[Case]:
+    """Decode and verify steps, batch 1 and more."""
+    found = []
+    for B, K, N, group in (
+        (1, 4096, 14336, 0),
+        (16, 4096, 14336, 0),
+        (64, 4096, 14336, 0),
+        (1, 14336, 4096, 0),
+        (1, 4096, 4096, 128),
+        (16, 4096, 4096, 128),
+    ):
+        for bits in (8, 6, 4, 3, 2):
+            planes = jax.eval_shape(functools.partial(pack, bits=bits), like((N, K), jnp.int8))
+            scale = like((N, K // group if group else 1), jnp.bfloat16)
+            name = f"qmm {bits} bits, {B} x {K} -> {N}" + (f", groups of {group}" if group else "")
+            run = functools.partial(qmm, bits=bits)
+            found.append(Case(name, run, (like((B, K), jnp.bfloat16), planes, scale), 2.0 * B * K * N))
+    for B, T, S, bits in (
+        (1, 1, 32768, 16),
+        (1, 8, 32768, 16),
+        (1, 64, 32768, 16),
+        (16, 1, 4096, 16),
+        (1, 8, 32768, 8),
+        (1, 8, 32768, 4),
+    ):
+        rows: Any = like((B, S, 8, 128), jnp.bfloat16)
+        if bits < 16:
+            side = like((B, S, 8), jnp.bfloat16)
+            rows = (Int8Rows if bits == 8 else Int4Rows)(like((B, S, 8, 16 * bits), jnp.uint8), side, side)
+        args = like((B, T, 32, 128), jnp.bfloat16), rows, rows, like((B, T, S), jnp.bool_)
+        name = f"tree attention, {B} x {T} nodes over {S} rows of {bits} bits"
+        found.append(Case(name, tree_attention, args, 4.0 * B * T * S * 32 * 128, (np.full(B, S, np.int32),)))
+    return found
+
+
+def main() -> None:
+    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args.add_argument("--chips", nargs="+", choices=CHIPS, default=[*CHIPS])
+    args.add_argument("--steps", nargs="*", type=int, default=[], help="widths of whole decode steps to compile")
+    args.add_argument("--runs", type=int, default=20)
+    opts = args.parse_args()
+    result: dict[str, Any] = {"benchmark": "kernels", "environment": record.environment()}
+    result["compiled"] = {case.name: compiled(case, opts.chips) for case in cases()}
+    result["decode_steps"] = {
+        chip: {bits: decode_step(chip, bits) for bits in opts.steps} for chip in opts.chips if opts.steps
+    }
+    if jax.default_backend() != "cpu":
+        result["timed"] = {case.name: timed(case, opts.runs) for case in cases()}
+    record.save("kernels" if jax.default_backend() == "cpu" else f"kernels-{jax.default_backend()}", result)
+
+
+def compiled(case: Case, chips: list[str]) -> dict[str, Any]:
+    """One kernel, for every chip."""
+    [traffic] = kernel_traffic(functools.partial(case.run, impl="pallas"), *case.args, scalars=case.scalars)
+    found: dict[str, Any] = {"least": case.least, "moved": traffic.moved, "held": traffic.held, "chips": {}}
+    found["share"] = traffic.moved / case.least
+    for name in chips:
+        chip, start = CHIPS[name], time.perf_counter()
+        memory = compile_for(name, case.run, *case.args).memory_analysis()
+        found["chips"][name] = {
+            "seconds_to_compile": time.perf_counter() - start,
+            "temporary_bytes": memory.temp_size_in_bytes,
+            "floor_seconds": max(case.least / chip.read, case.flops / chip.bfloat16),
+        }
+    print(
+        f"{case.name}: moved {found['share']:.3f} x {case.least / 2**20:.2f} MiB, held {traffic.held / 2**20:.1f} MiB",
+        flush=True,
+    )
+    return found
+
+
+def decode_step(chip: str, bits: int, batch: int = 1, capacity: int = 8192) -> dict[str, Any]:
+    """One token of Llama 3 8B by weights of a width; 16 are bfloat16, and scales are one a row."""
+    cfg = dataclasses.replace(preset("llama3-8b"), dtype="bfloat16")
+    rules = ((MATRICES, QuantConfig(bits=(8, 6, 4, 3, 2))),)
+
+    def served():
+        params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), init_params(cfg, jax.random.key(0)))
+        if bits == 16:
+            return unstack_layers(params)
+        return switch_bits(unstack_layers(to_master(params, init_scales(params, rules), rules)), bits, rules)
+
+    def step(params, tokens, positions, cache):
+        out = forward(cfg, params, tokens, positions, cache=cache)
+        return jnp.argmax(lm_head(cfg, params, out.hidden), axis=-1), out.cache
+
+    cache = jax.eval_shape(
+        lambda: init_cache(cfg.num_layers, batch, capacity, cfg.num_kv_heads, cfg.head_dim, "bfloat16")
+    )
+    one, start = like((batch, 1), jnp.int32), time.perf_counter()
+    try:
+        done = compile_for(chip, step, jax.eval_shape(served), one, one, cache)
+    except jax.errors.JaxRuntimeError as e:  # what does not fit is not compiled
+        print(f"decode step, {bits} bits on {chip}: {str(e)[:200]}", flush=True)
+        return {"fits": False, "said": str(e)[:400]}
+    memory = done.memory_analysis()
+    kernels = done.as_text().count('custom_call_target="tpu_custom_call"')
+    found = {
+        "fits": True,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+    }
+    found |= {"kernels": kernels, "seconds_to_compile": time.perf_counter() - start}
+    print(f"decode step, {bits} bits on {chip}: {found}", flush=True)
+    return found
+
+
+def timed(case: Case, runs: int, times: int = 8) -> dict[str, Any]:
+    """Kernel and XLA, a program that does it several times each, so that starting it weighs little."""
+    key = jax.random.key(0)
+    draw = lambda x: (
+        jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        else jnp.ones(x.shape, bool)
+        if x.dtype == bool
+        else jax.random.randint(key, x.shape, 0, 100).astype(x.dtype)
+    )
+    given = jax.tree.map(draw, case.args)
+
+    def program(impl: str):
+        def many(first, *rest):
+            def body(_, x):
+                return x + 0 * case.run(x, *rest, impl=impl).sum().astype(x.dtype)
+
+            return jax.lax.fori_loop(0, times, body, first)
+
+        return jax.jit(many)
+
+    sides = {"xla": program("xla"), "auto": program("auto")}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(runs + 1):
+        for name, f in sides.items():
+            start = time.perf_counter()
+            jax.block_until_ready(f(*given))
+            if turn:  # the first compiles
+                seconds[name].append((time.perf_counter() - start) / times)
+    print(case.name, {name: min(s) for name, s in seconds.items()}, flush=True)
+    return {name: record.spread(s) for name, s in seconds.items()} | {"least": case.least, "flops": case.flops}
+
+
+if __name__ == "__main__":
+    main()
