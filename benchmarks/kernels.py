@@ -6,7 +6,8 @@ Compiled: each kernel at the shapes of an 8B model (Llama 3), by the TPU's own c
 is what the published rates allow, by bytes or by FLOPs, and no measurement. Then whole decode steps of that model at
 several widths: what a chip holds. Needs libtpu (extra `aot`).
 
-Timed, where the device is no CPU: kernel and XLA's own version by turns in one process, each 8 times in one program.
+Timed, on any device: top-k and top-p by sorting and by halving. Where the device is no CPU, kernel and XLA's own version
+by turns in one process, each 8 times in one program.
 
     python -m benchmarks.kernels
     python -m benchmarks.kernels --steps 16 4              (widths of whole decode steps; none by default)
@@ -26,6 +27,7 @@ import numpy as np
 
 from benchmarks import record
 from jaxaroo.jaxlib_ext.qmm import pack, qmm
+from jaxaroo.jaxlib_ext.sampling import cut
 from jaxaroo.jaxlib_ext.tree_attention import tree_attention
 from jaxaroo.models.cache import Int4Rows, Int8Rows, init_cache
 from jaxaroo.models.decoder import forward, init_params, lm_head, unstack_layers
@@ -86,6 +88,9 @@ def cases() -> list[Case]:
         args = like((B, T, 32, 128), jnp.bfloat16), rows, rows, like((B, T, S), jnp.bool_)
         name = f"tree attention, {B} x {T} nodes over {S} rows of {bits} bits"
         found.append(Case(name, tree_attention, args, 4.0 * B * T * S * 32 * 128, (np.full(B, S, np.int32),)))
+    for B, V in ((1, 128_256), (32, 151_936)):
+        args = like((B, V), jnp.float32), like((B,), jnp.int32), like((B,), jnp.float32)
+        found.append(Case(f"cut, {B} x {V}", cut, args, 0.0))
     return found
 
 
@@ -100,6 +105,7 @@ def main() -> None:
     result["decode_steps"] = {
         chip: {bits: decode_step(chip, bits) for bits in opts.steps} for chip in opts.chips if opts.steps
     }
+    result["cuts"] = {f"{B} x {V}": cuts(B, V, opts.runs) for B in (1, 8) for V in (32_000, 128_256)}
     if jax.default_backend() != "cpu":
         result["timed"] = {case.name: timed(case, opts.runs) for case in cases()}
     record.save("kernels" if jax.default_backend() == "cpu" else f"kernels-{jax.default_backend()}", result)
@@ -192,6 +198,24 @@ def timed(case: Case, runs: int, times: int = 8) -> dict[str, Any]:
                 seconds[name].append((time.perf_counter() - start) / times)
     print(case.name, {name: min(s) for name, s in seconds.items()}, flush=True)
     return {name: record.spread(s) for name, s in seconds.items()} | {"least": case.least, "flops": case.flops}
+
+
+def cuts(B: int, V: int, runs: int) -> dict[str, Any]:
+    """Top-k and top-p by sorting and by halving, by turns, on the device that is there."""
+    z = 3 * jax.random.normal(jax.random.key(0), (B, V))
+    given = z, jnp.full(B, 50), jnp.full(B, 0.9)
+    sides = {name: jax.jit(functools.partial(cut, impl=name)) for name in ("sort", "auto")}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    assert jnp.array_equal(*(f(*given) for f in sides.values()))
+    for _ in range(runs):
+        for name, f in sides.items():
+            start = time.perf_counter()
+            jax.block_until_ready(f(*given))
+            seconds[name].append(time.perf_counter() - start)
+    found: dict[str, Any] = {name: record.spread(s) for name, s in seconds.items()}
+    found["times_as_fast"] = record.spread([a / b for a, b in zip(*seconds.values(), strict=True)])
+    print(f"cut, {B} x {V}: {found['times_as_fast']['median']:.1f} x as fast as sorting", flush=True)
+    return found
 
 
 if __name__ == "__main__":

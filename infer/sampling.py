@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from ..jaxlib_ext.sampling import cut
+
 MAX_LOGPROBS = 20
 
 
@@ -147,7 +149,7 @@ def warp(logits: Float[Array, "B V"], s: SamplingArrays, counts: Counts) -> Floa
     """Apply every processor; removed tokens become -inf. Greedy rows keep bias and penalties only.
 
     The softmax of the result is the distribution that `choose` draws from. Branches that no row asks for are skipped
-    at run time: a plain greedy batch costs nothing here, and only top-k and top-p sort.
+    at run time: a plain greedy batch costs nothing here.
     """
     if s.bias_ids.shape[1]:
         row = jnp.arange(logits.shape[0])[:, None]
@@ -205,19 +207,8 @@ def _truncate(logits, s: SamplingArrays):
     """Temperature, then the cuts of top-k, top-p and min-p; rows with temperature 0 pass through."""
     sampled = s.temperature[:, None] > 0
     z = logits / jnp.where(sampled, s.temperature[:, None], 1.0)
-    any_sort = jnp.any((s.temperature > 0) & ((s.top_k > 0) | (s.top_p < 1)))
-    cut = jax.lax.cond(any_sort, _sorted_cut, lambda z, s: jnp.full(z.shape[0], -jnp.inf), z, s)
-    cut = jnp.maximum(cut, jnp.max(z, axis=-1) + jnp.log(s.min_p))  # log 0 = -inf removes nothing
-    return jnp.where(sampled & (z < cut[:, None]), -jnp.inf, z)
-
-
-def _sorted_cut(z, s: SamplingArrays):
-    """The smallest logit that top-k and then top-p keep, [B]."""
-    V = z.shape[-1]
-    down = -jnp.sort(-z, axis=-1)
-    k = jnp.where(s.top_k > 0, s.top_k, V)
-    kth = jnp.take_along_axis(down, k[:, None] - 1, axis=-1)  # [B, 1]
-    prob = jax.nn.softmax(jnp.where(down >= kth, down, -jnp.inf), axis=-1)
-    before = jnp.cumsum(prob, axis=-1) - prob  # the mass of likelier tokens
-    kept = (before < s.top_p[:, None]) | (s.top_p[:, None] >= 1) | (jnp.arange(V)[None] == 0)
-    return jnp.min(jnp.where(kept & (down >= kth), down, jnp.inf), axis=-1)
+    asked = jnp.any((s.temperature > 0) & ((s.top_k > 0) | (s.top_p < 1)))
+    find = lambda z, s: cut(z, s.top_k, s.top_p)
+    least = jax.lax.cond(asked, find, lambda z, s: jnp.full(z.shape[0], -jnp.inf), z, s)
+    least = jnp.maximum(least, jnp.max(z, axis=-1) + jnp.log(s.min_p))  # log 0 = -inf removes nothing
+    return jnp.where(sampled & (z < least[:, None]), -jnp.inf, z)
