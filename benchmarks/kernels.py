@@ -6,8 +6,8 @@ Compiled: each kernel at the shapes of an 8B model (Llama 3), by the TPU's own c
 is what the published rates allow, by bytes or by FLOPs, and no measurement. Then whole decode steps of that model at
 several widths: what a chip holds. Needs libtpu (extra `aot`).
 
-Timed, on any device: top-k and top-p by sorting and by halving. Where the device is no CPU, kernel and XLA's own version
-by turns in one process, each 8 times in one program.
+Timed, on any device: top-k and top-p by sorting and by halving. Where the device is no CPU, kernel and XLA's own
+version by turns in one process, each 8 times in one program.
 
     python -m benchmarks.kernels
     python -m benchmarks.kernels --steps 16 4              (widths of whole decode steps; none by default)
