@@ -101,11 +101,11 @@ def main() -> None:
     args.add_argument("--runs", type=int, default=20)
     opts = args.parse_args()
     result: dict[str, Any] = {"benchmark": "kernels", "environment": record.environment()}
+    result["cuts"] = {f"{B} x {V}": cuts(B, V, opts.runs) for B in (1, 8) for V in (32_000, 128_256)}
     result["compiled"] = {case.name: compiled(case, opts.chips) for case in cases()}
     result["decode_steps"] = {
         chip: {bits: decode_step(chip, bits) for bits in opts.steps} for chip in opts.chips if opts.steps
     }
-    result["cuts"] = {f"{B} x {V}": cuts(B, V, opts.runs) for B in (1, 8) for V in (32_000, 128_256)}
     if jax.default_backend() != "cpu":
         result["timed"] = {case.name: timed(case, opts.runs) for case in cases()}
     record.save("kernels" if jax.default_backend() == "cpu" else f"kernels-{jax.default_backend()}", result)
