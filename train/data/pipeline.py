@@ -25,9 +25,9 @@ class Batch(NamedTuple):
     What stands at a token's position predicts its target.
     Segments number the sequences of a row from 1; 0 is padding. A token sees its own segment alone. An example of G
     sequences, such as the two of a pair, has G segments in a row one after the other, of which the first is numbered
-    1 + a multiple of G. What a later one has in common with the first, such as their prompt, stands in the first alone
-    (prefix sharing, 2410.20305): a segment whose positions begin at n > 0 goes on behind the first n tokens of the last
-    segment before it that begins at 0, and sees them too.
+    1 + a multiple of G. What a later one has in common with one before, their prompt say, stands there alone (prefix
+    sharing, 2410.20305): a segment whose positions begin at n > 0 goes on behind the first n tokens of the last segment
+    before it that begins at 0, and sees them too.
 
     Of an example with labels (`Encoded.labels`) all tokens stand in the row, the last one with target 0, and what mask,
     weights and labels say is of the token at that position itself, not of its target: it is what a head is to make of
@@ -182,8 +182,11 @@ class Batches:
             return None
         self._misses[shard] = 0
         weight = np.float32(example.get("weight", 1.0))
-        begin = [0, *(_shared(sequences[0], other) for other in sequences[1:])]
-        rows = [_sequence(*each, weight) for each in zip(sequences, range(self._parts), begin, strict=True)]
+        rows, trunk = [], sequences[0]
+        for part, encoded in enumerate(sequences):
+            begin = _shared(trunk, encoded) if part else 0
+            trunk = trunk if begin else encoded
+            rows.append(_sequence(encoded, part, begin, weight))
         return {name: np.concatenate([row[name] for row in rows]) for name in (*_FEATURES, *self._more)}
 
     def _length(self, group: Sequence[Mapping[str, np.ndarray]]) -> int:

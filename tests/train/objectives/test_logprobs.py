@@ -72,15 +72,17 @@ def test_a_prompt_that_stands_once_is_seen_by_all_its_answers_and_by_nothing_els
         answers = [rng.integers(0, 19, n) for n in (4, 2, 5)]
         answers[2][:2] = answers[0][:2]  # scored, and so not shared
         ids = [np.concatenate([prompt, answer]).astype(np.int32) for answer in answers]
+        if i == 3:  # the second has a prompt of its own, which the third does not see, though it begins like the first
+            ids[1][0] = (ids[1][0] + 1) % 19
         return tuple(Encoded(x, np.arange(len(x)) >= len(prompt)) for x in ids)
 
     encode = lambda row: sequences(row["i"]) if row["i"] < 4 else (Encoded(*[np.ones(18, np.int32)] * 2),) * 3
-    settings = BatchConfig(size=2, max_length=40, shuffle=False)
+    settings = BatchConfig(size=2, max_length=45, shuffle=False)
     batch = next(Batches([{"i": i} for i in range(6)], encode, settings, seed=0, parts=3))  # the last two fit nowhere
     batch = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
     apart = [e for i in range(4) for e in sequences(i)]
-    assert int((batch.segments > 0).sum()) == sum(len(e.ids) - 1 for e in apart) - 2 * sum(2 + i for i in range(4))
-    weights = jnp.asarray(rng.normal(size=(2, 40)), jnp.float32)
+    assert int((batch.segments > 0).sum()) == sum(len(e.ids) - 1 for e in apart) - 2 * sum(2 + i for i in range(3))
+    weights = jnp.asarray(rng.normal(size=(2, 45)), jnp.float32)
 
     def together(params):
         return jnp.sum(weights * score_targets(cfg, params, batch).logp)
@@ -97,7 +99,7 @@ def test_a_prompt_that_stands_once_is_seen_by_all_its_answers_and_by_nothing_els
         return total
 
     (got, grad), (want, wanted) = (jax.value_and_grad(f)(params) for f in (together, one_by_one))
-    np.testing.assert_allclose(got, want, rtol=2e-5)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # of some thirty terms of about 3 that cancel
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), grad, wanted)
 
 
