@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import record
+from jaxaroo.jaxlib_ext.expert_pair import Expert, expert_pair
 from jaxaroo.jaxlib_ext.qmm import pack, qmm
 from jaxaroo.jaxlib_ext.sampling import cut
 from jaxaroo.jaxlib_ext.tree_attention import tree_attention
@@ -52,7 +53,8 @@ class Case(NamedTuple):
     @property
     def least(self) -> int:
         """Bytes of operands and result."""
-        leaves = [*jax.tree.leaves(self.args), jax.eval_shape(functools.partial(self.run, impl="xla"), *self.args)]
+        result = jax.eval_shape(functools.partial(self.run, impl="xla"), *self.args)
+        leaves = [*jax.tree.leaves(self.args), *jax.tree.leaves(result)]
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
 
@@ -88,6 +90,10 @@ def cases() -> list[Case]:
         args = like((B, T, 32, 128), jnp.bfloat16), rows, rows, like((B, T, S), jnp.bool_)
         name = f"tree attention, {B} x {T} nodes over {S} rows of {bits} bits"
         found.append(Case(name, tree_attention, args, 4.0 * B * T * S * 32 * 128, (np.full(B, S, np.int32),)))
+    expert = Expert(*(like((4096, 4096), jnp.bfloat16) for _ in range(3)))
+    for R in (1, 10, 64):
+        args = like((R, 4096), jnp.bfloat16), like((R, 4096), jnp.bfloat16), like((4, 4096), jnp.bfloat16)
+        found.append(Case(f"expert pair, {R} rows", expert_pair, (*args, (expert, expert)), 12.0 * R * 4096 * 4096))
     for B, V in ((1, 128_256), (32, 151_936)):
         args = like((B, V), jnp.float32), like((B,), jnp.int32), like((B,), jnp.float32)
         found.append(Case(f"cut, {B} x {V}", cut, args, 0.0))
@@ -182,7 +188,8 @@ def timed(case: Case, runs: int, times: int = 8) -> dict[str, Any]:
     def program(impl: str):
         def many(first, *rest):
             def body(_, x):
-                return x + 0 * case.run(x, *rest, impl=impl).sum().astype(x.dtype)
+                result = jax.tree.leaves(case.run(x, *rest, impl=impl))
+                return x + 0 * result[0].sum().astype(x.dtype)
 
             return jax.lax.fori_loop(0, times, body, first)
 

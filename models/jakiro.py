@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from ..jaxlib_ext.expert_pair import Expert, expert_pair
 from ..sharding.rules import REPLICATED, Rules
 from .cache import KVCache, init_cache
 from .checkpoint import rebuild_config
@@ -136,14 +137,12 @@ def forward(
 ) -> JakiroOutput:
     """Guess the next feature and the one behind it; arguments as in `eagle.forward`."""
     _expect(cfg, "contrastive", "forward")
-    a, e, g, cache = _run(cfg, params, target_params, features, tokens, positions, mask, cache, rules)
-    w, v = jax.nn.softmax(g[..., :2]), jax.nn.softmax(g[..., 2:])
-    sign = jnp.where(g[..., 2:3] > g[..., 3:4], 1.0, -1.0)
-    # In float32, and rounded once: sums of a few terms of the size of features.
-    main = a + w[..., :1] * e[0] + w[..., 1:] * e[1]
-    contrast = a + sign * (v[..., :1] * e[0] - v[..., 1:] * e[1])
-    keep = lambda f: rules.constrain(f.astype(cfg.target.dtype), "batch", "seq", None)
-    return JakiroOutput(keep(main), keep(contrast), cache)
+    net, a, u, cache = _run(cfg, params, target_params, features, tokens, positions, mask, cache, rules)
+    rows = lambda x: x.reshape(-1, x.shape[-1])
+    experts = (Expert(*(w[...] for w in (e.gate, e.up, e.down))) for e in (net.expert_0, net.expert_1))
+    mixed = expert_pair(rows(a), rows(u), net.router[...], tuple(experts))  # type: ignore[arg-type]
+    keep = lambda f: rules.constrain(f.reshape(a.shape).astype(cfg.target.dtype), "batch", "seq", None)
+    return JakiroOutput(keep(mixed.main), keep(mixed.contrast), cache)
 
 
 def forward_mixture(
@@ -160,9 +159,12 @@ def forward_mixture(
 ) -> MixtureOutput:
     """Guess the next feature once for each expert; arguments as in `eagle.forward`."""
     _expect(cfg, "mixture", "forward_mixture")
-    a, e, g, cache = _run(cfg, params, target_params, features, tokens, positions, mask, cache, rules)
-    branches = jnp.stack([a + e[0], a + e[1]], axis=2).astype(cfg.target.dtype)
-    return MixtureOutput(rules.constrain(branches, "batch", "seq", None, None), jax.nn.log_softmax(g), cache)
+    net, a, u, cache = _run(cfg, params, target_params, features, tokens, positions, mask, cache, rules)
+    g = jnp.einsum("btd,rd->btr", u, net.router[...].astype(u.dtype), preferred_element_type=jnp.float32)
+    wide = lambda x: x.astype(jnp.float32)
+    branches = jnp.stack([wide(a) + wide(e(u)) for e in (net.expert_0, net.expert_1)], axis=2)
+    branches = rules.constrain(branches.astype(cfg.target.dtype), "batch", "seq", None, None)
+    return MixtureOutput(branches, jax.nn.log_softmax(g), cache)
 
 
 def branch_log_probs(
@@ -189,13 +191,9 @@ def winning_features(
 
 # ----------------------------------------------------------------------------------------------------------- private
 def _run(cfg, params, target_params, features, tokens, positions, mask, cache, rules):
-    """a and the two experts' outputs, widened to float32, the router's logits in float32, and the cache."""
+    """The network, a, u, and the cache."""
     net: Any = nnx.merge(_graph(cfg), params)
-    a, u, cache = run_front(cfg.target, net.front, target_params, features, tokens, positions, mask, cache, rules)
-    router = net.router[...].astype(u.dtype)
-    g = jnp.einsum("btd,rd->btr", u, router, preferred_element_type=jnp.float32)
-    wide = lambda x: x.astype(jnp.float32)
-    return wide(a), (wide(net.expert_0(u)), wide(net.expert_1(u))), g, cache
+    return net, *run_front(cfg.target, net.front, target_params, features, tokens, positions, mask, cache, rules)
 
 
 def _expect(cfg: JakiroConfig, kind: str, where: str) -> None:

@@ -1,0 +1,163 @@
+"""Jakiro's block: two small SwiGLU experts, the router's two softmaxes, and the two mixtures of them (2502.06282).
+
+    E_b(u) = down_b (silu(gate_b u) * up_b u)        g = router u in R^4
+    w = softmax(g_0, g_1)    main     = a + w_0 E_0 + w_1 E_1
+    v = softmax(g_2, g_3)    contrast = a + s (v_0 E_0 - v_1 E_1)    s = 1 if g_2 > g_3 else -1, without gradient
+
+The kernel goes through both experts' inner widths in tiles, reads every weight once, and writes nothing between input
+and output: a drafter's step at batch 1 is bound by reading its weights, and by how often something is started.
+
+Letters: R rows, D width, F inner width of an expert.
+"""
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+MOST_ROWS = 64  # with more, it is the products that count, and XLA's own are as good
+
+
+class Expert(NamedTuple):
+    """Weights of a SwiGLU without biases, `[out, in]`."""
+
+    gate: Float[Array, "F D"]
+    up: Float[Array, "F D"]
+    down: Float[Array, "D F"]
+
+
+class Mixed(NamedTuple):
+    """Both mixtures, float32."""
+
+    main: Float[Array, "R D"]
+    contrast: Float[Array, "R D"]
+
+
+# 1. Reference
+def reference(
+    a: Float[Array, "R D"], u: Float[Array, "R D"], router: Float[Array, "4 D"], experts: tuple[Expert, Expert]
+) -> Mixed:
+    """One product after the other, each rounded to the type of u, as the decoder's MLP does."""
+    wide = lambda x, w: jnp.einsum("ri,oi->ro", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    times = lambda x, w: wide(x, w).astype(x.dtype)
+    outputs = [times(jax.nn.silu(times(u, e.gate)) * times(u, e.up), e.down).astype(jnp.float32) for e in experts]
+    return _mix(a.astype(jnp.float32), outputs[0], outputs[1], wide(u, router))
+
+
+def _mix(a, e0, e1, g) -> Mixed:
+    """From float32: sums of a few terms of the size of features, to be rounded once."""
+    column = lambda i: g[:, i : i + 1]
+    w, v = (jax.nn.sigmoid(column(i) - column(i + 1)) for i in (0, 2))  # the softmax of two
+    sign = jnp.where(column(2) > column(3), 1.0, -1.0)
+    return Mixed(a + w * e0 + (1 - w) * e1, a + sign * (v * e0 - (1 - v) * e1))
+
+
+def _dot(x, w):
+    """x w^T in float32."""
+    precise = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=precise, preferred_element_type=jnp.float32)
+
+
+# 2. Kernel: a tile of the inner widths. a, u [R, D]; router [4, D]; gate, up [bf, D], down [D, bf] of both experts
+#   -> main, contrast [R, D]; kept from tile to tile: E_0, E_1 [R, D]
+def _kernel(a_ref, u_ref, router_ref, *refs, F: int):
+    weights, (main_ref, contrast_ref), sums = refs[:6], refs[6:8], refs[8:]
+    step, u = pl.program_id(0), u_ref[...]
+
+    @pl.when(step == 0)
+    def _():
+        for sum_ref in sums:
+            sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    bf = weights[0].shape[0]
+    inside = step * bf + jax.lax.broadcasted_iota(jnp.int32, (1, bf), 1) < F  # behind the end may be anything
+    for (gate, up, down), sum_ref in zip((weights[:3], weights[3:]), sums, strict=True):
+        inner = jax.nn.silu(_dot(u, gate[...].astype(u.dtype))) * _dot(u, up[...].astype(u.dtype))
+        inner = jnp.where(inside, inner, 0.0).astype(u.dtype)
+        sum_ref[...] += _dot(inner, jnp.where(inside, down[...], jnp.zeros_like(down)).astype(u.dtype))
+
+    @pl.when(step == pl.num_programs(0) - 1)
+    def _():
+        g = _dot(u, router_ref[...].astype(u.dtype))
+        mixed = _mix(a_ref[...].astype(jnp.float32), sums[0][...], sums[1][...], g)
+        main_ref[...], contrast_ref[...] = mixed
+
+
+# 3. Launch
+def _launch(a, u, router, experts, interpret: Any = False) -> Mixed:
+    (R, D), F = u.shape, experts[0].gate.shape[0]
+    bf = min(F, max(128, (4 << 20) // (6 * D * experts[0].gate.dtype.itemsize) // 128 * 128))
+    whole = lambda *shape: pl.BlockSpec(shape, lambda i: (0, 0))
+    rows, columns = pl.BlockSpec((bf, D), lambda i: (i, 0)), pl.BlockSpec((D, bf), lambda i: (0, i))
+    return Mixed(
+        *pl.pallas_call(
+            functools.partial(_kernel, F=F),
+            grid=(pl.cdiv(F, bf),),
+            in_specs=[whole(R, D), whole(R, D), whole(4, D), *[rows, rows, columns] * 2],
+            out_specs=[whole(R, D), whole(R, D)],
+            out_shape=[jax.ShapeDtypeStruct((R, D), jnp.float32)] * 2,
+            scratch_shapes=[pltpu.VMEM((R, D), jnp.float32)] * 2,
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=64 << 20),
+            interpret=interpret,
+            name="expert_pair",
+        )(a, u, router, *experts[0], *experts[1])
+    )
+
+
+# 4. Operation: the kernel on a TPU, the reference elsewhere; backward always the reference's.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _op(a, u, router, experts, interpret: Any) -> Mixed:
+    return _launch(a, u, router, experts, interpret)
+
+
+def _forward(a, u, router, experts, interpret: Any):
+    return _op(a, u, router, experts, interpret), (a, u, router, experts)
+
+
+def _backward(interpret: Any, saved: Any, cotangents: Mixed):
+    return jax.vjp(reference, *saved)[1](cotangents)
+
+
+_op.defvjp(_forward, _backward)
+
+
+def expert_pair(
+    a: Float[Array, "R D"],
+    u: Float[Array, "R D"],
+    router: Float[Array, "4 D"],
+    experts: tuple[Expert, Expert],
+    *,
+    impl: Literal["auto", "xla", "pallas", "interpret"] = "auto",
+) -> Mixed:
+    """Both mixtures of two experts.
+
+    Args:
+      a: what they are added to.
+      u: what experts and router see.
+      router: its four rows.
+      experts: of one inner width.
+      impl: auto takes the kernel where a TPU runs it, for up to 64 rows on one device, and XLA elsewhere. pallas is
+        the kernel, interpret the kernel run step by step on any device, with races looked for.
+    """
+    (R, D), F = u.shape, experts[0].gate.shape[0]
+    shapes = [tuple(w.shape for w in e) for e in experts]
+    if a.shape != (R, D) or router.shape != (4, D) or shapes != [((F, D), (F, D), (D, F))] * 2:
+        found = f"a {a.shape}, u {u.shape}, router {router.shape}, experts {shapes}"
+        raise ValueError(f"expert_pair: {found}; expected [R, D] twice, [4, D], ([F, D], [F, D], [D, F]) twice.")
+    if impl not in ("auto", "xla", "pallas", "interpret") or (impl in ("pallas", "interpret") and R > MOST_ROWS):
+        raise ValueError(
+            f"expert_pair: impl={impl!r} for {R} rows; expected auto, xla, or up to {MOST_ROWS} rows for pallas or "
+            "interpret."
+        )
+    mesh = jax.sharding.get_abstract_mesh()
+    if impl == "xla" or (impl == "auto" and (R > MOST_ROWS or not (mesh.empty or mesh.size == 1))):
+        return reference(a, u, router, experts)
+    if impl == "auto":
+        kernel = functools.partial(_op, interpret=False)
+        return jax.lax.platform_dependent(a, u, router, experts, tpu=kernel, default=reference)
+    races: dict[str, Any] = dict(detect_races=True, uninitialized_memory="nan")
+    return _op(a, u, router, experts, pltpu.InterpretParams(**races) if impl == "interpret" else False)
