@@ -7,7 +7,7 @@ is what the published rates allow, by bytes or by FLOPs, and no measurement. The
 several widths: what a chip holds. Needs libtpu (extra `aot`).
 
 Timed, on any device: top-k and top-p by sorting and by halving. Where the device is no CPU, kernel and XLA's own
-version by turns in one process, each 8 times in one program.
+version are first compared, and then timed by turns in one process, each 8 times in one program.
 
     python -m benchmarks.kernels
     python -m benchmarks.kernels --steps 16 4              (widths of whole decode steps; none by default)
@@ -195,6 +195,7 @@ def timed(case: Case, runs: int, times: int = 8) -> dict[str, Any]:
 
         return jax.jit(many)
 
+    error = disagreement(case, given)
     sides = {"xla": program("xla"), "auto": program("auto")}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(runs + 1):
@@ -204,7 +205,24 @@ def timed(case: Case, runs: int, times: int = 8) -> dict[str, Any]:
             if turn:  # the first compiles
                 seconds[name].append((time.perf_counter() - start) / times)
     print(case.name, {name: min(s) for name, s in seconds.items()}, flush=True)
-    return {name: record.spread(s) for name, s in seconds.items()} | {"least": case.least, "flops": case.flops}
+    found: dict[str, Any] = {name: record.spread(s) for name, s in seconds.items()}
+    return found | {"error": error, "least": case.least, "flops": case.flops}
+
+
+def disagreement(case: Case, given: Any) -> float:
+    """What is chosen here beside XLA's version: the norm of the difference, of that of the result.
+
+    Raises:
+      ArithmeticError: if it is more than rounding to bfloat16 explains.
+    """
+    sides = [jax.tree.leaves(jax.jit(functools.partial(case.run, impl=name))(*given)) for name in ("xla", "auto")]
+    norm = lambda leaves: math.sqrt(sum(float(jnp.sum(x.astype(jnp.float32) ** 2)) for x in leaves))
+    error = norm([a.astype(jnp.float32) - b.astype(jnp.float32) for a, b in zip(*sides, strict=True)]) / norm(sides[0])
+    if not error < 0.02:
+        raise ArithmeticError(
+            f"{case.name}: kernel and XLA differ by {error:.3g} of the result; expected rounding alone."
+        )
+    return error
 
 
 def cuts(B: int, V: int, runs: int) -> dict[str, Any]:
