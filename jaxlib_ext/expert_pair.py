@@ -123,6 +123,7 @@ def _backward(interpret: Any, saved: Any, cotangents: Mixed):
 
 
 _op.defvjp(_forward, _backward)
+_kernel_once = jax.jit(_op, static_argnums=4)  # traced once, also where it is not lowered
 
 
 def expert_pair(
@@ -157,7 +158,7 @@ def expert_pair(
     if impl == "xla" or (impl == "auto" and (R > MOST_ROWS or not (mesh.empty or mesh.size == 1))):
         return reference(a, u, router, experts)
     if impl == "auto":
-        kernel = functools.partial(_op, interpret=False)
+        kernel = lambda *given: _kernel_once(*given, False)
         return jax.lax.platform_dependent(a, u, router, experts, tpu=kernel, default=reference)
     races: dict[str, Any] = dict(detect_races=True, uninitialized_memory="nan")
     return _op(a, u, router, experts, pltpu.InterpretParams(**races) if impl == "interpret" else False)

@@ -295,6 +295,7 @@ def _backward(o: _Static, interpret: Any, saved: Any, dy: Any):
 
 
 _op.defvjp(_forward, _backward)
+_kernel_once = jax.jit(_op, static_argnums=(4, 5))  # traced once for all layers, also where it is not lowered
 
 
 def _plain(x, planes, scale, bits, o: _Static):
@@ -345,7 +346,7 @@ def qmm(
     if impl not in _IMPLS or (impl in ("pallas", "interpret") and why_not):
         raise ValueError(f"qmm: impl={impl!r}; expected one of {', '.join(_IMPLS)}. {why_not}")
     if impl == "auto" and not why_not and _one_device():
-        kernel, plain = functools.partial(_op, o=o, interpret=False), functools.partial(_plain, o=o)
+        kernel, plain = (lambda *given: _kernel_once(*given, o, False)), functools.partial(_plain, o=o)
         y = jax.lax.platform_dependent(rows, planes, factor, at, tpu=kernel, default=plain)
     elif impl in ("auto", "xla"):
         y = _plain(rows, planes, factor, at, o)

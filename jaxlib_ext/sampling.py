@@ -85,6 +85,9 @@ def _launch(z, k, p, interpret: Any = False):
     )(z, k[:, None], p[:, None])[:, 0]
 
 
+_kernel_once = jax.jit(_launch, static_argnums=3)  # traced once, also where it is not lowered
+
+
 # 4. Operation: the kernel on a TPU, halving in XLA elsewhere.
 def cut(
     z: Float[Array, "B V"],
@@ -110,7 +113,7 @@ def cut(
     if impl == "xla" or (impl == "auto" and not (mesh.empty or mesh.size == 1)):
         return xla(z, k, p)
     if impl == "auto":
-        return jax.lax.platform_dependent(z, k, p, tpu=_launch, default=xla)
+        return jax.lax.platform_dependent(z, k, p, tpu=lambda *given: _kernel_once(*given, False), default=xla)
     if impl not in ("pallas", "interpret"):
         raise ValueError(f"cut: impl={impl!r}; expected auto, sort, xla, pallas or interpret.")
     races: dict[str, Any] = dict(detect_races=True, uninitialized_memory="nan")

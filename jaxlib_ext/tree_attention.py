@@ -247,6 +247,7 @@ def _backward(o: _Static, interpret: Any, saved: Any, dy: Any):
 
 
 _op.defvjp(_forward, _backward)
+_kernel_once = jax.jit(_op, static_argnums=(4, 5))  # traced once for all layers, also where it is not lowered
 
 
 def _plain(q, k, v, mask, o: _Static):
@@ -296,7 +297,7 @@ def tree_attention(
         return _op(q, k, v, mask, o, pltpu.InterpretParams(**_RACES) if impl == "interpret" else False)
     mesh = jax.sharding.get_abstract_mesh()
     if impl == "auto" and T <= MOST_NODES and (mesh.empty or mesh.size == 1):
-        kernel, plain = functools.partial(_op, o=o, interpret=False), functools.partial(_plain, o=o)
+        kernel, plain = (lambda *given: _kernel_once(*given, o, False)), functools.partial(_plain, o=o)
         return jax.lax.platform_dependent(q, k, v, mask, tpu=kernel, default=plain)
     return _plain(q, k, v, mask, o)
 
