@@ -35,7 +35,7 @@ from jaxaroo.models.decoder import forward, init_params, lm_head, unstack_layers
 from jaxaroo.models.multi_precision import init_scales, switch_bits, to_master
 from jaxaroo.models.presets import preset
 from jaxaroo.models.quantise import QuantConfig
-from jaxaroo.sharding.topology import CHIPS, compile_for, kernel_traffic
+from jaxaroo.sharding.topology import CHIPS, compile_for, devices_of, kernel_traffic
 
 MATRICES = r"layers/(attn/[qkvo]|mlp/(gate|up|down))"
 like = jax.ShapeDtypeStruct
@@ -106,6 +106,7 @@ def main() -> None:
     args.add_argument("--steps", nargs="*", type=int, default=[], help="widths of whole decode steps to compile")
     args.add_argument("--runs", type=int, default=20)
     opts = args.parse_args()
+    devices_of(CHIPS[opts.chips[0]].topology)  # says at once if there is no compiler
     result: dict[str, Any] = {"benchmark": "kernels", "environment": record.environment()}
     result["cuts"] = {f"{B} x {V}": cuts(B, V, opts.runs) for B in (1, 8) for V in (32_000, 128_256)}
     result["compiled"] = {case.name: compiled(case, opts.chips) for case in cases()}

@@ -1,5 +1,6 @@
 """Operations: what each means in plain JAX, and the kernel beside it where there is one.
 
+dispatch.py        which of the two runs
 token_stats.py     log-probability, log-sum-exp and entropy of chosen tokens without [N, V] logits
 token_kl.py        divergence of a policy from its reference at every token, likewise
 qmm.py             products with quantised matrices at any width: switching, packing, multiplying (TPU kernel)

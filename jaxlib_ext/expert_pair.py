@@ -5,13 +5,13 @@
     v = softmax(g_2, g_3)    contrast = a + s (v_0 E_0 - v_1 E_1)    s = 1 if g_2 > g_3 else -1, without gradient
 
 The kernel goes through both experts' inner widths in tiles, reads every weight once, and writes nothing between input
-and output: a drafter's step at batch 1 is bound by reading its weights, and by how often something is started.
+and output.
 
 Letters: R rows, D width, F inner width of an expert.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-MOST_ROWS = 64  # with more, it is the products that count, and XLA's own are as good
+from .dispatch import Impl, run
+
+MOST_ROWS = 64  # drafting and trees; training is left to XLA
 
 
 class Expert(NamedTuple):
@@ -123,7 +125,7 @@ def _backward(interpret: Any, saved: Any, cotangents: Mixed):
 
 
 _op.defvjp(_forward, _backward)
-_kernel_once = jax.jit(_op, static_argnums=4)  # traced once, also where it is not lowered
+_once = jax.jit(_op, static_argnums=4)  # traced once, also where it is not lowered
 
 
 def expert_pair(
@@ -132,7 +134,7 @@ def expert_pair(
     router: Float[Array, "4 D"],
     experts: tuple[Expert, Expert],
     *,
-    impl: Literal["auto", "xla", "pallas", "interpret"] = "auto",
+    impl: Impl = "auto",
 ) -> Mixed:
     """Both mixtures of two experts.
 
@@ -141,24 +143,12 @@ def expert_pair(
       u: what experts and router see.
       router: its four rows.
       experts: of one inner width.
-      impl: auto takes the kernel where a TPU runs it, for up to 64 rows on one device, and XLA elsewhere. pallas is
-        the kernel, interpret the kernel run step by step on any device, with races looked for.
+      impl: as `dispatch.run` takes it. The kernel serves up to 64 rows.
     """
     (R, D), F = u.shape, experts[0].gate.shape[0]
     shapes = [tuple(w.shape for w in e) for e in experts]
     if a.shape != (R, D) or router.shape != (4, D) or shapes != [((F, D), (F, D), (D, F))] * 2:
         found = f"a {a.shape}, u {u.shape}, router {router.shape}, experts {shapes}"
         raise ValueError(f"expert_pair: {found}; expected [R, D] twice, [4, D], ([F, D], [F, D], [D, F]) twice.")
-    if impl not in ("auto", "xla", "pallas", "interpret") or (impl in ("pallas", "interpret") and R > MOST_ROWS):
-        raise ValueError(
-            f"expert_pair: impl={impl!r} for {R} rows; expected auto, xla, or up to {MOST_ROWS} rows for pallas or "
-            "interpret."
-        )
-    mesh = jax.sharding.get_abstract_mesh()
-    if impl == "xla" or (impl == "auto" and (R > MOST_ROWS or not (mesh.empty or mesh.size == 1))):
-        return reference(a, u, router, experts)
-    if impl == "auto":
-        kernel = lambda *given: _kernel_once(*given, False)
-        return jax.lax.platform_dependent(a, u, router, experts, tpu=kernel, default=reference)
-    races: dict[str, Any] = dict(detect_races=True, uninitialized_memory="nan")
-    return _op(a, u, router, experts, pltpu.InterpretParams(**races) if impl == "interpret" else False)
+    why_not = f"{R} rows; it is made for up to {MOST_ROWS}." if R > MOST_ROWS else ""
+    return run("expert_pair", impl, why_not, _once, reference, a, u, router, experts)

@@ -29,8 +29,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int8, Int32
 
+from .dispatch import Impl, run
+
 BLOCK = 128  # inputs
-MOST_ROWS = 64  # of x that the kernel serves; with more, unpacking once and a large product are as good
+MOST_ROWS = 64  # of x that the kernel serves: decoding and trees; prompts are left to XLA
 Planes = tuple[Int32[Array, "..."] | Int8[Array, "..."], ...]  # int8 at 8 bits alone
 
 
@@ -295,7 +297,11 @@ def _backward(o: _Static, interpret: Any, saved: Any, dy: Any):
 
 
 _op.defvjp(_forward, _backward)
-_kernel_once = jax.jit(_op, static_argnums=(4, 5))  # traced once for all layers, also where it is not lowered
+_once = jax.jit(_op, static_argnums=(4, 5))  # traced once for all layers, also where it is not lowered
+
+
+def _by_kernel(o: _Static, x, planes, scale, bits, interpret: Any):
+    return _once(x, planes, scale, bits, o, interpret)
 
 
 def _plain(x, planes, scale, bits, o: _Static):
@@ -322,7 +328,7 @@ def qmm(
     master: int = 8,
     act: Literal["int8"] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
-    impl: Literal["auto", "xla", "pallas", "interpret"] = "auto",
+    impl: Impl = "auto",
 ) -> Float[Array, "*lead N"]:
     """`x @ W^T` for W at `bits` bits.
 
@@ -336,22 +342,14 @@ def qmm(
       master: the width of the master.
       act: "int8" quantises x too, for each token.
       dtype: of the result; None is that of x.
-      impl: auto takes the kernel where a TPU runs it and it serves this product, on one device, and XLA elsewhere.
-        pallas is the kernel, interpret the kernel run step by step on any device, with races looked for.
+      impl: as `dispatch.run` takes it. The kernel serves up to 64 rows, and groups that are blocks of 128 inputs.
     """
     planes, o = _described(x, w, scale, bits, master, act)
     rows, at = x.reshape(-1, x.shape[-1]), jnp.asarray(bits, jnp.int32)
     factor = scale_at(scale.astype(jnp.float32), master, bits)
     why_not = _served(rows, o, scale.shape[1])
-    if impl not in _IMPLS or (impl in ("pallas", "interpret") and why_not):
-        raise ValueError(f"qmm: impl={impl!r}; expected one of {', '.join(_IMPLS)}. {why_not}")
-    if impl == "auto" and not why_not and _one_device():
-        kernel, plain = (lambda *given: _kernel_once(*given, o, False)), functools.partial(_plain, o=o)
-        y = jax.lax.platform_dependent(rows, planes, factor, at, tpu=kernel, default=plain)
-    elif impl in ("auto", "xla"):
-        y = _plain(rows, planes, factor, at, o)
-    else:
-        y = _op(rows, planes, factor, at, o, pltpu.InterpretParams(**_RACES) if impl == "interpret" else False)
+    kernel, plain = functools.partial(_by_kernel, o), functools.partial(_plain, o=o)
+    y = run("qmm", impl, why_not, kernel, plain, rows, planes, factor, at)
     return y.reshape(*x.shape[:-1], y.shape[1]).astype(dtype or x.dtype)
 
 
@@ -401,12 +399,6 @@ def _switched(codes: Array, master: Any, bits: Array) -> Array:
     return (c + half + ((c >> down) & odd)) >> down
 
 
-def _one_device() -> bool:
-    """A kernel is not cut up by the compiler: under a mesh of several devices XLA does the product."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or mesh.size == 1
-
-
 def _over_words(shifts: Int32[Array, " P"], ndim: int) -> Int32[Array, "..."]:
     """One shift a field, for words `[..., P, words]`."""
     return shifts.reshape(*(1,) * (ndim - 2), -1, 1)
@@ -428,7 +420,3 @@ def _check_planes(planes: Planes, bits: int, K: int) -> None:
     want = [K] if bits == 8 else [blocks * 4 * w for w in _plane_widths(bits)]
     if (found := [p.shape[-1] for p in planes]) != want:
         raise ValueError(f"unpack: planes of {found} words; expected {want} for {K} inputs at {bits} bits.")
-
-
-_IMPLS = ("auto", "xla", "pallas", "interpret")
-_RACES: dict[str, Any] = dict(detect_races=True, uninitialized_memory="nan")

@@ -19,6 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
+from .dispatch import Impl, run
+
 
 # 1. Reference: by sorting.
 def reference(z: Float[Array, "B V"], k: Int[Array, " B"], p: Float[Array, " B"]) -> Float[Array, " B"]:
@@ -85,7 +87,7 @@ def _launch(z, k, p, interpret: Any = False):
     )(z, k[:, None], p[:, None])[:, 0]
 
 
-_kernel_once = jax.jit(_launch, static_argnums=3)  # traced once, also where it is not lowered
+_once = jax.jit(_launch, static_argnums=3)  # traced once, also where it is not lowered
 
 
 # 4. Operation: the kernel on a TPU, halving in XLA elsewhere.
@@ -94,7 +96,7 @@ def cut(
     k: Int[Array, " B"],
     p: Float[Array, " B"],
     *,
-    impl: Literal["auto", "sort", "xla", "pallas", "interpret"] = "auto",
+    impl: Impl | Literal["sort"] = "auto",
 ) -> Float[Array, " B"]:
     """The smallest logit that top-k and then top-p keep.
 
@@ -102,19 +104,10 @@ def cut(
       z: logits, float32; none is NaN.
       k: how many of the largest are kept, up to V; 0 keeps all.
       p: which part of the probability of those; 1 keeps all.
-      impl: sort is the reference; auto is the kernel on a TPU, on one device, and xla elsewhere: the same halving.
+      impl: as `dispatch.run` takes it, xla being the same halving; sort is the reference.
     """
     if z.ndim != 2 or z.dtype != jnp.float32 or not k.shape == p.shape == z.shape[:1]:
         raise ValueError(f"cut: z {z.dtype}{z.shape}, k {k.shape}, p {p.shape}; expected float32 [B, V], [B], [B].")
-    mesh = jax.sharding.get_abstract_mesh()
-    xla = lambda z, k, p: _by_halving(z, k[:, None], p[:, None])[:, 0]
     if impl == "sort":
         return reference(z, k, p)
-    if impl == "xla" or (impl == "auto" and not (mesh.empty or mesh.size == 1)):
-        return xla(z, k, p)
-    if impl == "auto":
-        return jax.lax.platform_dependent(z, k, p, tpu=lambda *given: _kernel_once(*given, False), default=xla)
-    if impl not in ("pallas", "interpret"):
-        raise ValueError(f"cut: impl={impl!r}; expected auto, sort, xla, pallas or interpret.")
-    races: dict[str, Any] = dict(detect_races=True, uninitialized_memory="nan")
-    return _launch(z, k, p, pltpu.InterpretParams(**races) if impl == "interpret" else False)
+    return run("cut", impl, "", _once, lambda z, k, p: _by_halving(z, k[:, None], p[:, None])[:, 0], z, k, p)

@@ -15,7 +15,7 @@ Letters: B batch, T nodes, S rows, N heads, K key-value heads, G = N / K, H head
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, BFloat16, Bool, Float, Int32, UInt8
 
-MOST_NODES = 64  # with more, scores are large products, and XLA's own are as good
+from .dispatch import Impl, run
+
+MOST_NODES = 64  # of a tree; prompts are left to XLA
 _HIDDEN = -1e30
 
 
@@ -247,7 +249,11 @@ def _backward(o: _Static, interpret: Any, saved: Any, dy: Any):
 
 
 _op.defvjp(_forward, _backward)
-_kernel_once = jax.jit(_op, static_argnums=(4, 5))  # traced once for all layers, also where it is not lowered
+_once = jax.jit(_op, static_argnums=(4, 5))  # traced once for all layers, also where it is not lowered
+
+
+def _by_kernel(o: _Static, q, k, v, mask, interpret: Any):
+    return _once(q, k, v, mask, o, interpret)
 
 
 def _plain(q, k, v, mask, o: _Static):
@@ -264,7 +270,7 @@ def tree_attention(
     *,
     softcap: float | None = None,
     parts: int = 1,
-    impl: Literal["auto", "xla", "pallas", "interpret"] = "auto",
+    impl: Impl = "auto",
 ) -> Float[Array, "B T N H"]:
     """Attend to the rows of a cache.
 
@@ -275,8 +281,7 @@ def tree_attention(
       mask: which rows each query sees. What a query that sees none gets is finite, and nothing else is promised.
       softcap: scores become `softcap * tanh(score / softcap)`.
       parts: into how many parts the kernel cuts the cache: as many as the chip has cores, at batch 1.
-      impl: auto takes the kernel where a TPU runs it, for up to 64 nodes on one device, and XLA elsewhere. pallas is
-        the kernel, interpret the kernel run step by step on any device, with races looked for.
+      impl: as `dispatch.run` takes it. The kernel serves up to 64 nodes.
     """
     codes = getattr(k, "codes", None)
     (B, T, N, H), rows = q.shape, (k if codes is None else codes).shape  # type: ignore[union-attr]
@@ -286,22 +291,11 @@ def tree_attention(
             f"tree_attention: q {q.shape}, rows {rows}, mask {mask.shape}; expected [B, T, N, H], [B, S, K, H] with "
             "K dividing N, [B, T, S]."
         )
-    if parts < 1 or impl not in _IMPLS:
-        raise ValueError(f"tree_attention: parts={parts}, impl={impl!r}; expected 1 or more, one of {_IMPLS}.")
+    if parts < 1:
+        raise ValueError(f"tree_attention: parts={parts}; expected 1 or more.")
     width = 4 if bits else jnp.dtype(getattr(k, "dtype", q.dtype)).itemsize  # codes are spread into 4 bytes
     block = max(128, (1 << 20) // (math.prod(rows[2:]) * width) // 128 * 128)
     o = _Static(softcap, min(block, 512, rows[1] + -rows[1] % 128), parts, bits)
-    if impl in ("pallas", "interpret"):
-        if T > MOST_NODES:
-            raise ValueError(f"tree_attention: impl={impl!r} for {T} nodes; it is made for up to {MOST_NODES}.")
-        return _op(q, k, v, mask, o, pltpu.InterpretParams(**_RACES) if impl == "interpret" else False)
-    mesh = jax.sharding.get_abstract_mesh()
-    if impl == "auto" and T <= MOST_NODES and (mesh.empty or mesh.size == 1):
-        kernel, plain = (lambda *given: _kernel_once(*given, o, False)), functools.partial(_plain, o=o)
-        return jax.lax.platform_dependent(q, k, v, mask, tpu=kernel, default=plain)
-    return _plain(q, k, v, mask, o)
-
-
-# ----------------------------------------------------------------------------------------------------------- private
-_IMPLS = ("auto", "xla", "pallas", "interpret")
-_RACES: dict[str, Any] = dict(detect_races=True, uninitialized_memory="nan")
+    why_not = f"{T} nodes; it is made for up to {MOST_NODES}." if T > MOST_NODES else ""
+    kernel, plain = functools.partial(_by_kernel, o), functools.partial(_plain, o=o)
+    return run("tree_attention", impl, why_not, kernel, plain, q, k, v, mask)

@@ -72,9 +72,9 @@ def test_shapes_and_names_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match=r"expected \[R, D\] twice"):
         expert_pair(a, u, router, (experts[0], experts[1]._replace(down=experts[1].up)))
     many = lambda x: jnp.tile(x, (22, 1))
-    with pytest.raises(ValueError, match="impl='pallas' for 66 rows; expected auto, xla, or up to 64"):
+    with pytest.raises(ValueError, match=r"impl='pallas'; .* 66 rows; it is made for up to 64"):
         expert_pair(many(a), many(u), router, experts, impl="pallas")
-    with pytest.raises(ValueError, match="impl='gpu' for 3 rows"):
+    with pytest.raises(ValueError, match="expert_pair: impl='gpu'; expected one of"):
         expert_pair(a, u, router, experts, impl="gpu")
     np.testing.assert_allclose(
         expert_pair(many(a), many(u), router, experts).main[:3], mixed(a, u, router, experts).main, rtol=1e-4, atol=1e-5

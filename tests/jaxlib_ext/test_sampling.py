@@ -77,7 +77,7 @@ def test_what_does_not_fit_together_is_refused():
         cut(z, k[:1], p)
     with pytest.raises(ValueError, match="cut: z bfloat16"):
         cut(z.astype(jnp.bfloat16), k, p)
-    with pytest.raises(ValueError, match="cut: impl='radix'; expected auto"):
+    with pytest.raises(ValueError, match="cut: impl='radix'; expected one of auto"):
         cut(z, k, p, impl="radix")
 
 

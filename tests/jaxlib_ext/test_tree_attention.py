@@ -118,12 +118,12 @@ def test_shapes_and_names_that_mean_nothing_are_refused():
         tree_attention(q, k, v, mask[..., 1:])
     with pytest.raises(ValueError, match="K dividing N"):
         tree_attention(q[:, :, :3], k, v, mask)
-    with pytest.raises(ValueError, match="parts=0, impl='auto'"):
+    with pytest.raises(ValueError, match="parts=0; expected 1 or more"):
         tree_attention(q, k, v, mask, parts=0)
     with pytest.raises(ValueError, match="impl='cuda'; expected"):
         tree_attention(q, k, v, mask, impl="cuda")
     many = lambda x: jnp.tile(x, (1, 22, *(1 for _ in x.shape[2:])))
-    with pytest.raises(ValueError, match="impl='pallas' for 66 nodes; it is made for up to 64"):
+    with pytest.raises(ValueError, match=r"impl='pallas'; .* 66 nodes; it is made for up to 64"):
         tree_attention(many(q), k, v, many(mask), impl="pallas")
     assert tree_attention(many(q), k, v, many(mask)).shape == (1, 66, 4, 8)
 
