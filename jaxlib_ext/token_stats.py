@@ -4,8 +4,8 @@
 
 Tokens are cut into tiles of c_t and the vocabulary into tiles of c_v; only one `[c_t, c_v]` tile of logits lives at a
 time. The vocabulary is the outer loop, so that the backward pass finishes one tile of the head's gradient before it
-begins the next. Backward, tiles are computed again from the saved log-sum-exp: with cotangents a, b, c of the three
-results and p = exp(z - lse),
+begins the next. Backward, tiles are computed again from the saved log-sum-exp, unless all of them are few enough bytes
+to keep: with cotangents a, b, c of the three results and p = exp(z - lse),
 
     dz = a (onehot - p) + b p - c p (log p + entropy)
 
@@ -86,6 +86,7 @@ def token_stats(
     token_tile: int = 512,
     vocab_tile: int = 4096,
     want_sum_sq: bool = False,
+    keep_bytes: int = 0,
     layout: Layout | None = None,
 ) -> TokenStats:
     """Score `targets` under the head, tile by tile.
@@ -101,6 +102,8 @@ def token_stats(
       token_tile: c_t; the last tile may be short.
       vocab_tile: c_v; likewise.
       want_sum_sq: also sum the squared probabilities, which costs one more sum over every tile.
+      keep_bytes: how much memory of a device logits may take from here to the backward pass, which then has three
+        products to do instead of four. If all N V of them, in float32, take more, none is kept.
       layout: where tokens and rows of the head lie on the mesh; sizes have to divide. Without it all is in one place.
 
     Returns:
@@ -112,56 +115,72 @@ def token_stats(
     if mask is not None and mask.shape != targets.shape:
         raise ValueError(f"token_stats: mask {mask.shape}, targets {targets.shape}; expected the same.")
     tiles = check_tiles(LogitTiles(token_tile, vocab_tile, scale, softcap, temperature), "token_stats")
-    return _op(hidden, head, targets, mask, tiles, want_sum_sq, layout)
+    return _op(hidden, head, targets, mask, _Static(tiles, want_sum_sq, keep_bytes, layout))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _op(hidden, head, targets, mask, tiles: LogitTiles, want_sum_sq: bool, layout: Layout | None) -> TokenStats:
-    return _forward(hidden, head, targets, mask, tiles, want_sum_sq, layout)[0]
+class _Static(NamedTuple):
+    tiles: LogitTiles
+    want_sum_sq: bool
+    keep_bytes: int
+    layout: Layout | None
 
 
-def _forward(hidden, head, targets, mask, o: LogitTiles, want_sum_sq: bool, layout: Layout | None):
-    local = functools.partial(_local_forward, o=o, want_sum_sq=want_sum_sq, vocab=layout and layout.vocab)
-    stats = on_shards(local, layout, "dwtt", "t")(hidden, head, targets, mask)
-    return stats, (hidden, head, targets, mask, stats.lse, stats.entropy)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _op(hidden, head, targets, mask, static: _Static) -> TokenStats:
+    local = functools.partial(_local_forward, o=static.tiles, static=static, keep=False)
+    return on_shards(local, static.layout, "dwtt", "t-")(hidden, head, targets, mask)[0]
 
 
-def _backward(o: LogitTiles, want_sum_sq: bool, layout: Layout | None, saved: Any, cotangents: TokenStats):
-    del want_sum_sq  # its cotangent is not looked at
-    local = functools.partial(_local_backward, o=o, layout=layout)
-    own = (cotangents.logp, cotangents.lse, cotangents.entropy)
-    return *on_shards(local, layout, "dwttttttt", "dw")(*saved, *own), None, None
+def _forward(hidden, head, targets, mask, static: _Static):
+    local = functools.partial(_local_forward, o=static.tiles, static=static, keep=True)
+    stats, kept = on_shards(local, static.layout, "dwtt", "tk")(hidden, head, targets, mask)
+    return stats, (hidden, head, targets, mask, stats.lse, stats.entropy, kept)
+
+
+def _backward(static: _Static, saved: Any, cotangents: TokenStats):
+    local = functools.partial(_local_backward, o=static.tiles, layout=static.layout)
+    own = (cotangents.logp, cotangents.lse, cotangents.entropy)  # that of log_sum_sq is not looked at
+    return *on_shards(local, static.layout, "dwttttkttt", "dw")(*saved, *own), None, None
 
 
 _op.defvjp(_forward, _backward)
 
 
-def _local_forward(hidden, head, targets, mask, o: LogitTiles, want_sum_sq: bool, vocab: Any) -> TokenStats:
-    """Of the tokens of one device; its part of the vocabulary is put together with those of the others."""
+def _local_forward(hidden, head, targets, mask, o: LogitTiles, static: _Static, keep: bool):
+    """Of the tokens of one device; its part of the vocabulary is put together with those of the others.
+
+    Returns:
+      Their statistics, and the tiles of logits by vocabulary and tokens, `[tiles, tiles, c_t, c_v]`, or None.
+    """
+    vocab, want_sum_sq = static.layout and static.layout.vocab, static.want_sum_sq
     chosen = choose(mask, targets.shape)
     (h, y), o = chosen.take((hidden, targets)), fit_tiles(o, targets.size, head.shape[0])
     y = y - first_row(head, vocab)
     tiles = cut_tokens(h, o), cut_tokens(y, o)
+    keep = keep and 4 * targets.size * head.shape[0] <= static.keep_bytes
 
-    def over_vocab(stats, j):
+    def over_vocab(carry, j):
         start, fresh, w = vocab_rows(head, j, o)
 
-        def over_tokens(i, stats):
+        def over_tokens(i, carry):
+            stats, kept = carry
             (h, y), (m, s, g, e, ss) = jax.tree.map(lambda x: x[i], (tiles, stats))
             z, _ = logits_tile(h, w, o)
+            kept = None if kept is None else kept.at[j, i].set(z)
             m, shrink, p = rise(m, z, fresh)
             hit = (y[:, None] == start + jnp.arange(o.vocab_tile)[None]) & fresh[None]
             s = s * shrink + jnp.sum(p, axis=-1)
             g = g + jnp.sum(jnp.where(hit, z, 0.0), axis=-1)
             e = e * shrink + jnp.sum(p * z, axis=-1)
             ss = None if ss is None else ss * shrink * shrink + jnp.sum(p * p, axis=-1)
-            return jax.tree.map(lambda all, one: all.at[i].set(one), stats, (m, s, g, e, ss))
+            return jax.tree.map(lambda all, one: all.at[i].set(one), stats, (m, s, g, e, ss)), kept
 
-        return jax.lax.fori_loop(0, chosen.tiles(o), over_tokens, stats), None
+        return jax.lax.fori_loop(0, chosen.tiles(o), over_tokens, carry), None
 
-    empty = jnp.zeros(tiles[1].shape, jnp.float32)
+    empty, number = jnp.zeros(tiles[1].shape, jnp.float32), -(-head.shape[0] // o.vocab_tile)
     begin = (empty - jnp.inf, empty, empty, empty, empty if want_sum_sq else None)
-    (m, s, g, e, ss), _ = jax.lax.scan(over_vocab, begin, jnp.arange(-(-head.shape[0] // o.vocab_tile)))
+    kept = jnp.zeros((number, *empty.shape, o.vocab_tile), jnp.float32) if keep else None
+    ((m, s, g, e, ss), kept), _ = jax.lax.scan(over_vocab, (begin, kept), jnp.arange(number))
     if vocab is not None:
         top = jax.lax.pmax(m, vocab)
         shrink = jnp.exp(m - top)
@@ -169,10 +188,10 @@ def _local_forward(hidden, head, targets, mask, o: LogitTiles, want_sum_sq: bool
         s, g, e, ss = jax.lax.psum((s * shrink, g, e * shrink, ss), vocab)
     lse = m + jnp.log(s)
     log_sum_sq = None if ss is None else jnp.log(ss) - 2 * jnp.log(s)
-    return chosen.put(TokenStats(g - lse, lse, lse - e / s, log_sum_sq))
+    return chosen.put(TokenStats(g - lse, lse, lse - e / s, log_sum_sq)), kept
 
 
-def _local_backward(hidden, head, targets, mask, lse, entropy, a, b, c, o: LogitTiles, layout: Layout | None):
+def _local_backward(hidden, head, targets, mask, lse, entropy, kept, a, b, c, o: LogitTiles, layout: Layout | None):
     chosen = choose(mask, targets.shape)
     h, y, *own = chosen.take((hidden, targets, lse, entropy, a, b, c))
     o = fit_tiles(o, targets.size, head.shape[0])
@@ -189,7 +208,7 @@ def _local_backward(hidden, head, targets, mask, lse, entropy, a, b, c, o: Logit
 
         return dz
 
-    dhidden, dhead = gradients(h, head, (y, *own), dz_from, o, chosen.tiles(o), layout)
+    dhidden, dhead = gradients(h, head, (y, *own), dz_from, o, chosen.tiles(o), layout, kept)
     return chosen.put(dhidden), dhead
 
 
@@ -240,7 +259,8 @@ def on_shards(local: Callable[..., Any], layout: Layout | None, ins: str, outs: 
     Args:
       local: the function of one device.
       layout: where tokens and vocabulary lie; without it `local` itself is given back.
-      ins: of each argument: `d` is [tokens, D], `t` is [tokens], `w` is [V, D].
+      ins: of each argument: `d` is [tokens, D], `t` is [tokens], `w` is [V, D], `k` is [vocabulary, tokens, ...] in
+        tiles, `-` is nothing.
       outs: likewise of what comes out; one letter if that is no tuple, or is one of such arrays alone.
     """
     if layout is None:
@@ -249,6 +269,8 @@ def on_shards(local: Callable[..., Any], layout: Layout | None, ins: str, outs: 
         "d": PartitionSpec(*layout.tokens, None),
         "t": layout.tokens,
         "w": PartitionSpec(layout.vocab, None),
+        "k": PartitionSpec(layout.vocab, _names(layout.tokens) or None),
+        "-": PartitionSpec(),
     }
     out = specs[outs] if len(outs) == 1 else tuple(specs[letter] for letter in outs)
     return jax.shard_map(local, in_specs=tuple(specs[letter] for letter in ins), out_specs=out, check_vma=False)
@@ -287,10 +309,16 @@ def logits_tile(
 ) -> tuple[Float[Array, "c_t c_v"], Float[Array, "c_t c_v"] | float]:
     """One tile of transformed logits, float32, and its derivative by the raw ones."""
     z = jnp.einsum("nd,vd->nv", h, w, preferred_element_type=jnp.float32) * o.scale
+    z = (z if o.softcap is None else o.softcap * jnp.tanh(z / o.softcap)) / o.temperature
+    return z, slope_at(z, o)
+
+
+def slope_at(z: Float[Array, "c_t c_v"], o: LogitTiles) -> Float[Array, "c_t c_v"] | float:
+    """The derivative of transformed logits by raw ones, where they are z."""
     if o.softcap is None:
-        return z / o.temperature, o.scale / o.temperature
-    bent = jnp.tanh(z / o.softcap)
-    return o.softcap * bent / o.temperature, (1 - bent * bent) * (o.scale / o.temperature)
+        return o.scale / o.temperature
+    bent = z * (o.temperature / o.softcap)
+    return (1 - bent * bent) * (o.scale / o.temperature)
 
 
 def rise(
@@ -310,6 +338,7 @@ def gradients(
     o: LogitTiles,
     number: Any,
     layout: Layout | None,
+    kept: Float[Array, "vocab_tiles tiles c_t c_v"] | None = None,
 ) -> tuple[Float[Array, "tiles c_t D"], Float[Array, "V D"]]:
     """Chain the derivative by transformed logits to hidden states and head, tile by tile.
 
@@ -322,6 +351,7 @@ def gradients(
       o: tiles and transform.
       number: of tiles that hold a token.
       layout: over which axes of the mesh to sum.
+      kept: the tiles of transformed logits; computed again if not given.
     """
     D, V = hidden.shape[1], head.shape[0]
     tiles = jax.tree.map(lambda x: cut_tokens(x, o), (hidden, per_token))
@@ -334,7 +364,7 @@ def gradients(
         def over_tokens(i, carry):
             dw, dhidden = carry
             h, own = jax.tree.map(lambda x: x[i], tiles)
-            z, slope = logits_tile(h, w, o)
+            z, slope = logits_tile(h, w, o) if kept is None else (kept[j, i], slope_at(kept[j, i], o))
             dz = jnp.where(fresh[None], dz_of(z, own) * slope, 0.0).astype(h.dtype)
             dw = dw + jnp.einsum("nv,nd->vd", dz, h, preferred_element_type=jnp.float32)
             return dw, dhidden.at[i].add(jnp.einsum("nv,vd->nd", dz, w, preferred_element_type=jnp.float32))
