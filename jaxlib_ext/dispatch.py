@@ -15,8 +15,9 @@ def run(
 ) -> Any:
     """Apply an operation to arrays.
 
-    A kernel is not cut up by the compiler, so `auto` leaves a mesh of several devices to XLA. Both forms are traced,
-    and one is lowered: hand in a kernel that is jitted once, or every layer pays for tracing it.
+    A kernel is not cut up by the compiler, so `auto` leaves a mesh of several devices to XLA; within `shard_map`, where
+    arrays are those of one device, it does not. Both forms are traced, and one is lowered: hand in a kernel that is
+    jitted once, or every layer pays for tracing it.
 
     Args:
       where: the operation, for errors.
@@ -36,6 +37,7 @@ def run(
         races: Any = dict(detect_races=True, uninitialized_memory="nan")
         return kernel(*given, pltpu.InterpretParams(**races) if impl == "interpret" else False)
     mesh = jax.sharding.get_abstract_mesh()
-    if impl == "xla" or why_not or not (mesh.empty or mesh.size == 1):
+    alone = mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual
+    if impl == "xla" or why_not or not alone:
         return plain(*given)
     return jax.lax.platform_dependent(*given, tpu=lambda *arrays: kernel(*arrays, False), default=plain)

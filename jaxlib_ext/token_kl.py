@@ -2,9 +2,9 @@
 
     KL(reference || policy) = sum_v p_ref (log p_ref - log p)   p = softmax(transform(hidden . head^T)), p_ref likewise
 
-This is the anchor of ASFT (2509.23753) and the token term of SparsePO (2410.05102) and TDPO (2404.11999). Tiles and
-loops are those of `token_stats`, with two tiles of logits at a time. One pass keeps, for both models, the maximum m and
-the sum s of exp(z - m), and for the reference also q = sum_v exp(z_ref - m_ref) (z_ref - z):
+This is the anchor of ASFT (2509.23753) and the token term of SparsePO (2410.05102) and TDPO (2404.11999). Loops and
+kernels are those of `logit_tiles`, with two streams. One sweep keeps, for both models, the maximum m and the sum s of
+exp(z - m), and for the reference also q = sum_v exp(z_ref - m_ref) (z_ref - z):
 
     KL = q / s_ref + lse - lse_ref     lse = m + log s     dz = g (p - p_ref)
 
@@ -13,26 +13,25 @@ reference, V vocabulary.
 """
 
 import functools
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .token_stats import (
+from .dispatch import Impl
+from .logit_tiles import (
     Layout,
     LogitTiles,
+    Rule,
     check_tiles,
     choose,
-    cut_tokens,
     dense_logits,
-    fit_tiles,
     gradients,
-    logits_tile,
     on_shards,
     rise,
-    vocab_rows,
+    sweep,
+    total,
 )
 
 
@@ -66,6 +65,7 @@ def token_kl(
     token_tile: int = 512,
     vocab_tile: int = 4096,
     layout: Layout | None = None,
+    impl: Impl = "auto",
 ) -> Float[Array, "*N"]:
     """KL(reference || policy) of every token in nats, tile by tile; float32, and below 0 by rounding only.
 
@@ -78,9 +78,10 @@ def token_kl(
       scale: multiplies the logits of both first.
       softcap: then they become `softcap * tanh(z / softcap)`.
       temperature: and are divided by this.
-      token_tile: c_t; the last tile may be short.
+      token_tile: c_t of XLA's loops; the last tile may be short. Kernels choose theirs.
       vocab_tile: c_v; likewise.
       layout: where tokens and rows of the heads lie on the mesh; sizes have to divide.
+      impl: as `dispatch.run` takes it, of both passes.
     """
     shapes = [x.shape for x in (hidden, head, ref_hidden, ref_head)]
     fits = len(shapes[1]) == len(shapes[3]) == 2 and all(a[-1] == b[1] for a, b in (shapes[:2], shapes[2:]))
@@ -90,53 +91,59 @@ def token_kl(
         raise ValueError(f"token_kl: {found}; expected [..., D], [V, D], [..., E], [V, E].")
     if mask is not None and mask.shape != hidden.shape[:-1]:
         raise ValueError(f"token_kl: mask {mask.shape}, hidden {hidden.shape}; expected one for each token.")
-    tiles = check_tiles(LogitTiles(token_tile, vocab_tile, scale, softcap, temperature), "token_kl")
-    return _op(hidden, head, ref_hidden, ref_head, mask, tiles, layout)
+    tiles = check_tiles(LogitTiles(token_tile, vocab_tile, scale, softcap, temperature), head.shape[0], "token_kl")
+    return _op(hidden, head, ref_hidden, ref_head, mask, _Static(tiles, layout, impl))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _op(hidden, head, ref_hidden, ref_head, mask, tiles: LogitTiles, layout: Layout | None):
-    return _forward(hidden, head, ref_hidden, ref_head, mask, tiles, layout)[0]
+class _Static(NamedTuple):
+    tiles: LogitTiles
+    layout: Layout | None
+    impl: Impl
 
 
-def _forward(hidden, head, ref_hidden, ref_head, mask, o: LogitTiles, layout: Layout | None):
-    local = functools.partial(_local_forward, o=o, vocab=layout and layout.vocab)
-    kl, lse, ref_lse = on_shards(local, layout, "dwdwt", "ttt")(hidden, head, ref_hidden, ref_head, mask)
+def _add(sums, zs, own, column, inside):
+    """m and s of the policy, m, s and q of the reference."""
+    (m, s, ref_m, ref_s, q), (z, ref_z) = sums, zs
+    m, shrink, e = rise(m, z, inside)
+    ref_m, ref_shrink, ref_e = rise(ref_m, ref_z, inside)
+    apart = total(jnp.where(inside, ref_e * (ref_z - z), 0.0))
+    return m, s * shrink + total(e), ref_m, ref_s * ref_shrink + total(ref_e), q * ref_shrink + apart
+
+
+def _derivative(zs, own, column):
+    lse, ref_lse, g = own
+    return g * (jnp.exp(zs[0] - lse) - jnp.exp(zs[1] - ref_lse))
+
+
+_RULE = Rule((-jnp.inf, 0.0, -jnp.inf, 0.0, 0.0), _add, _derivative)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _op(hidden, head, ref_hidden, ref_head, mask, static: _Static):
+    return _forward(hidden, head, ref_hidden, ref_head, mask, static)[0]
+
+
+def _forward(hidden, head, ref_hidden, ref_head, mask, static: _Static):
+    local = functools.partial(_local_forward, static=static)
+    kl, lse, ref_lse = on_shards(local, static.layout, "dwdwt", "ttt")(hidden, head, ref_hidden, ref_head, mask)
     return kl, (hidden, head, ref_hidden, ref_head, mask, lse, ref_lse)
 
 
-def _backward(o: LogitTiles, layout: Layout | None, saved: Any, cotangent):
-    local = functools.partial(_local_backward, o=o, layout=layout)
-    return *on_shards(local, layout, "dwdwtttt", "dw")(*saved, cotangent), None, None, None
+def _backward(static: _Static, saved: Any, cotangent):
+    local = functools.partial(_local_backward, static=static)
+    return *on_shards(local, static.layout, "dwdwtttt", "dw")(*saved, cotangent), None, None, None
 
 
 _op.defvjp(_forward, _backward)
 
 
-def _local_forward(hidden, head, ref_hidden, ref_head, mask, o: LogitTiles, vocab: Any):
+def _local_forward(hidden, head, ref_hidden, ref_head, mask, static: _Static):
     """Of the tokens of one device: the divergence and both log-sum-exps."""
-    chosen = choose(mask, hidden.shape[:-1])
-    o = fit_tiles(o, math.prod(chosen.shape), head.shape[0])
-    tiles = jax.tree.map(lambda x: cut_tokens(x, o), chosen.take((hidden, ref_hidden)))
-
-    def over_vocab(stats, j):
-        _, fresh, w = vocab_rows(head, j, o)
-        ref_w = vocab_rows(ref_head, j, o)[2]
-
-        def over_tokens(i, stats):
-            (h, ref_h), (m, s, ref_m, ref_s, q) = jax.tree.map(lambda x: x[i], (tiles, stats))
-            z, ref_z = logits_tile(h, w, o)[0], logits_tile(ref_h, ref_w, o)[0]
-            m, shrink, e = rise(m, z, fresh)
-            ref_m, ref_shrink, ref_e = rise(ref_m, ref_z, fresh)
-            s, ref_s = s * shrink + jnp.sum(e, axis=-1), ref_s * ref_shrink + jnp.sum(ref_e, axis=-1)
-            new = (m, s, ref_m, ref_s, q * ref_shrink + jnp.sum(ref_e * (ref_z - z), axis=-1))
-            return jax.tree.map(lambda all, one: all.at[i].set(one), stats, new)
-
-        return jax.lax.fori_loop(0, chosen.tiles(o), over_tokens, stats), None
-
-    empty = jnp.zeros(tiles[0].shape[:2], jnp.float32)
-    begin = (empty - jnp.inf, empty, empty - jnp.inf, empty, empty)
-    (m, s, ref_m, ref_s, q), _ = jax.lax.scan(over_vocab, begin, jnp.arange(-(-head.shape[0] // o.vocab_tile)))
+    vocab, chosen = static.layout and static.layout.vocab, choose(mask, hidden.shape[:-1])
+    h, ref_h = chosen.take((hidden, ref_hidden))
+    streams = ((h, head), (ref_h, ref_head))
+    nothing = (jnp.zeros(h.shape[0], jnp.float32),)
+    m, s, ref_m, ref_s, q = sweep(_RULE, streams, nothing, chosen.number, static.tiles, static.impl)[0]
     if vocab is not None:
         top, ref_top = jax.lax.pmax((m, ref_m), vocab)
         shrink, ref_shrink = jnp.exp(m - top), jnp.exp(ref_m - ref_top)
@@ -146,20 +153,10 @@ def _local_forward(hidden, head, ref_hidden, ref_head, mask, o: LogitTiles, voca
     return chosen.put((kl, m + jnp.log(s), ref_m + jnp.log(ref_s)))
 
 
-def _local_backward(hidden, head, ref_hidden, ref_head, mask, lse, ref_lse, g, o: LogitTiles, layout: Layout | None):
+def _local_backward(hidden, head, ref_hidden, ref_head, mask, lse, ref_lse, g, static: _Static):
     chosen = choose(mask, hidden.shape[:-1])
-    h, *own = chosen.take((hidden, ref_hidden, lse, ref_lse, g))
-    o = fit_tiles(o, math.prod(chosen.shape), head.shape[0])
-
-    def dz_from(start):
-        ref_w = jax.lax.dynamic_slice_in_dim(ref_head, start, o.vocab_tile)
-
-        def dz(z, own):
-            ref_h, lse, ref_lse, g = own
-            ref_z = logits_tile(ref_h, ref_w, o)[0]
-            return g[:, None] * (jnp.exp(z - lse[:, None]) - jnp.exp(ref_z - ref_lse[:, None]))
-
-        return dz
-
-    dhidden, dhead = gradients(h, head, tuple(own), dz_from, o, chosen.tiles(o), layout)
+    h, ref_h, *own = chosen.take((hidden, ref_hidden, lse, ref_lse, g))
+    streams = ((h, head), (ref_h, ref_head))
+    given = (streams, tuple(own), chosen.number, static.tiles, static.layout, static.impl)
+    dhidden, dhead = gradients(_RULE, *given)
     return chosen.put(dhidden), dhead

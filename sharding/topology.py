@@ -135,7 +135,8 @@ def _traffic(equation: Any, scalars: tuple[Any, ...]) -> Traffic:
         width = block.array_aval.dtype.itemsize
         whole = block.array_aval.shape
         place = jax.jit(jax.vmap(functools.partial(_place, block, scalars)))
-        at = [*zip(*jax.device_get(place(jnp.asarray(steps, jnp.int32).reshape(len(steps), -1))), strict=True)]
+        places = jax.device_get(place(jnp.asarray(steps, jnp.int32).reshape(len(steps), -1)))
+        at = [*zip(*(x.tolist() for x in places), strict=True)]
         fetched = [here for i, here in enumerate(at) if i == 0 or here != at[i - 1]]
         inside = lambda here, sizes=sizes, whole=whole: math.prod(
             min(size, n - i * size) for i, size, n in zip(here, sizes, whole, strict=True)

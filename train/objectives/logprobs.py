@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from ...jaxlib_ext.logit_tiles import Layout
 from ...jaxlib_ext.token_kl import token_kl
-from ...jaxlib_ext.token_stats import Layout, TokenStats, token_stats
+from ...jaxlib_ext.token_stats import TokenStats, token_stats
 from ...models.decoder import DecoderConfig, Params, Remat, forward
 from ...sharding.rules import REPLICATED, Rules, divisible
 from ..data.pipeline import Batch
