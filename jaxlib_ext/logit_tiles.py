@@ -70,8 +70,7 @@ def sweep(
     number: Int[Array, ""] | None,
     o: LogitTiles,
     impl: Impl,
-    keep: bool = False,
-) -> tuple[tuple[Float[Array, " N"], ...], Float[Array, "nv nt c_t c_v"] | None]:
+) -> tuple[Float[Array, " N"], ...]:
     """Sums of every token over the vocabulary.
 
     Args:
@@ -81,17 +80,12 @@ def sweep(
       number: of tokens that are chosen; None for all.
       o: tiles and transform.
       impl: as `dispatch.run` takes it.
-      keep: also give back the logits of the first stream; XLA does that.
 
     Returns:
-      The sums; those of tokens behind the chosen ones mean nothing. And the logits.
+      The sums; those of tokens behind the chosen ones mean nothing.
     """
-    loops = functools.partial(_sweep_loops, rule, o)
-    if keep:
-        return loops(streams, own, number, keep=True)
-    kernel = functools.partial(_sweep_once, rule, o)
-    plain = lambda streams, own, number: loops(streams, own, number)[0]
-    return run("sweep over logits", impl, _why_not(streams), _last(kernel), plain, streams, own, number), None
+    plain, kernel = functools.partial(_sweep_loops, rule, o), functools.partial(_sweep_once, rule, o)
+    return run("sweep over logits", impl, _why_not(streams), _last(kernel), plain, streams, own, number)
 
 
 def gradients(
@@ -102,7 +96,6 @@ def gradients(
     o: LogitTiles,
     layout: Layout | None,
     impl: Impl,
-    kept: Float[Array, "nv nt c_t c_v"] | None = None,
 ) -> tuple[Float[Array, "N D"], Float[Array, "V D"]]:
     """Chain the derivative by logits to hidden states and head of the first stream, tile by tile.
 
@@ -114,16 +107,11 @@ def gradients(
       o: tiles and transform.
       layout: over which axes of the mesh to sum.
       impl: as `dispatch.run` takes it.
-      kept: what a sweep gave back, to be read instead of computed again.
     """
     hidden, head = streams[0]
-    if kept is not None:
-        dhidden, dhead = _gradient_loops(rule, o, streams, own, number, kept)
-    else:
-        plain = functools.partial(_gradient_loops, rule, o)
-        kernel = _last(functools.partial(_gradients_once, rule, o))
-        given = (streams, own, number)
-        dhidden, dhead = run("gradients of logits", impl, _why_not(streams), kernel, plain, *given)
+    plain, kernel = functools.partial(_gradient_loops, rule, o), functools.partial(_gradients_once, rule, o)
+    given = (streams, own, number)
+    dhidden, dhead = run("gradients of logits", impl, _why_not(streams), _last(kernel), plain, *given)
     if layout is not None and layout.vocab is not None:
         dhidden = jax.lax.psum(dhidden, layout.vocab)
     if layout is not None and (axes := _names(layout.tokens)):
@@ -219,8 +207,7 @@ def on_shards(local: Callable[..., Any], layout: Layout | None, ins: str, outs: 
     Args:
       local: the function of one device.
       layout: where tokens and vocabulary lie; without it `local` itself is given back.
-      ins: of each argument: `d` is [tokens, D], `t` is [tokens], `w` is [V, D], `k` is [vocabulary, tokens, ...] in
-        tiles, `-` is nothing.
+      ins: of each argument: `d` is [tokens, D], `t` is [tokens], `w` is [V, D].
       outs: likewise of what comes out; one letter if that is no tuple, or is one of such arrays alone.
     """
     if layout is None:
@@ -229,8 +216,6 @@ def on_shards(local: Callable[..., Any], layout: Layout | None, ins: str, outs: 
         "d": PartitionSpec(*layout.tokens, None),
         "t": layout.tokens,
         "w": PartitionSpec(layout.vocab, None),
-        "k": PartitionSpec(layout.vocab, _names(layout.tokens) or None),
-        "-": PartitionSpec(),
     }
     out = specs[outs] if len(outs) == 1 else tuple(specs[letter] for letter in outs)
     return jax.shard_map(local, in_specs=tuple(specs[letter] for letter in ins), out_specs=out, check_vma=False)
@@ -242,32 +227,29 @@ def first_row(head: Float[Array, "V D"], vocab: Any) -> Any:
 
 
 # 3. Loops, for XLA.
-def _sweep_loops(rule: Rule, o: LogitTiles, streams, own, number, keep: bool = False):
+def _sweep_loops(rule: Rule, o: LogitTiles, streams, own, number):
     N, V = streams[0][0].shape[0], streams[0][1].shape[0]
     o = _fit(o, N, V)
     cut = _cut(streams, own, o)
-    (nt, c_t), nv = cut[0][0].shape[:2], -(-V // o.vocab_tile)
+    nt, c_t = cut[0][0].shape[:2]
 
-    def over_vocab(carry, j):
+    def over_vocab(sums, j):
         column, inside, ws = _rows(streams, j, o)
 
-        def over_tokens(i, carry):
-            sums, kept = carry
+        def over_tokens(i, sums):
             (hs, own), old = jax.tree.map(lambda x: x[i], (cut, sums))
             zs = tuple(logits_tile(h, w, o) for h, w in zip(hs, ws, strict=True))
-            kept = None if kept is None else kept.at[j, i].set(zs[0])
             new = rule.add(old, zs, own, column, inside)
-            return jax.tree.map(lambda all, one: all.at[i].set(one), sums, new), kept
+            return jax.tree.map(lambda all, one: all.at[i].set(one), sums, new)
 
-        return jax.lax.fori_loop(0, _used(number, N, c_t), over_tokens, carry), None
+        return jax.lax.fori_loop(0, _used(number, N, c_t), over_tokens, sums), None
 
     begin = tuple(jnp.full((nt, c_t, 1), x, jnp.float32) for x in rule.begin)
-    kept = jnp.zeros((nv, nt, c_t, o.vocab_tile), jnp.float32) if keep else None
-    (sums, kept), _ = jax.lax.scan(over_vocab, (begin, kept), jnp.arange(nv))
-    return tuple(x.reshape(-1)[:N] for x in sums), kept
+    sums, _ = jax.lax.scan(over_vocab, begin, jnp.arange(-(-V // o.vocab_tile)))
+    return tuple(x.reshape(-1)[:N] for x in sums)
 
 
-def _gradient_loops(rule: Rule, o: LogitTiles, streams, own, number, kept=None):
+def _gradient_loops(rule: Rule, o: LogitTiles, streams, own, number):
     (N, D), V = streams[0][0].shape, streams[0][1].shape[0]
     o = _fit(o, N, V)
     cut, head = _cut(streams, own, o), streams[0][1]
@@ -279,8 +261,7 @@ def _gradient_loops(rule: Rule, o: LogitTiles, streams, own, number, kept=None):
         def over_tokens(i, carry):
             dw, dhidden = carry
             hs, own = jax.tree.map(lambda x: x[i], cut)
-            first = logits_tile(hs[0], ws[0], o) if kept is None else kept[j, i]
-            zs = (first, *(logits_tile(h, w, o) for h, w in zip(hs[1:], ws[1:], strict=True)))
+            zs = tuple(logits_tile(h, w, o) for h, w in zip(hs, ws, strict=True))
             dz = _dz(rule, o, zs, own, column, inside, hs[0].dtype)
             return dw + _dot(dz, hs[0], (0, 0)), dhidden.at[i].add(_dot(dz, ws[0], (1, 0)))
 

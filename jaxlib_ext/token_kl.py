@@ -143,7 +143,7 @@ def _local_forward(hidden, head, ref_hidden, ref_head, mask, static: _Static):
     h, ref_h = chosen.take((hidden, ref_hidden))
     streams = ((h, head), (ref_h, ref_head))
     nothing = (jnp.zeros(h.shape[0], jnp.float32),)
-    m, s, ref_m, ref_s, q = sweep(_RULE, streams, nothing, chosen.number, static.tiles, static.impl)[0]
+    m, s, ref_m, ref_s, q = sweep(_RULE, streams, nothing, chosen.number, static.tiles, static.impl)
     if vocab is not None:
         top, ref_top = jax.lax.pmax((m, ref_m), vocab)
         shrink, ref_shrink = jnp.exp(m - top), jnp.exp(ref_m - ref_top)

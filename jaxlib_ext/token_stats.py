@@ -5,8 +5,7 @@
 One sweep over tiles of logits keeps of every token the maximum m, the sum s of exp(z - m), the logit of its target and
 the sum e of exp(z - m) (z - m), for entropy = log s - e / s. Who asks also gets the sum of exp(z - m)^2, without
 gradient: log sum_v p_v^2 says how much the distribution is in few tokens. Backward, tiles are computed again from the
-saved log-sum-exp, unless all of them are few enough bytes to keep: with cotangents a, b, c of the three results and
-p = exp(z - lse),
+saved log-sum-exp: with cotangents a, b, c of the three results and p = exp(z - lse),
 
     dz = a (onehot - p) + b p - c p (log p + entropy)
 
@@ -80,7 +79,6 @@ def token_stats(
     token_tile: int = 512,
     vocab_tile: int = 4096,
     want_sum_sq: bool = False,
-    keep_bytes: int = 0,
     layout: Layout | None = None,
     impl: Impl = "auto",
 ) -> TokenStats:
@@ -97,10 +95,8 @@ def token_stats(
       token_tile: c_t of XLA's loops; the last tile may be short. Kernels choose theirs.
       vocab_tile: c_v; likewise.
       want_sum_sq: also sum the squared probabilities, which costs one more sum over every tile.
-      keep_bytes: how much memory of a device logits may take from here to the backward pass, which then has three
-        products to do instead of four. If all N V of them, in float32, take more, none is kept.
       layout: where tokens and rows of the head lie on the mesh; sizes have to divide. Without it all is in one place.
-      impl: as `dispatch.run` takes it, of both passes. What is kept, XLA computes and reads.
+      impl: as `dispatch.run` takes it, of both passes.
 
     Returns:
       Three numbers for each token; four with `want_sum_sq`.
@@ -111,13 +107,12 @@ def token_stats(
     if mask is not None and mask.shape != targets.shape:
         raise ValueError(f"token_stats: mask {mask.shape}, targets {targets.shape}; expected the same.")
     tiles = check_tiles(LogitTiles(token_tile, vocab_tile, scale, softcap, temperature), head.shape[0], "token_stats")
-    return _op(hidden, head, targets, mask, _Static(tiles, want_sum_sq, keep_bytes, layout, impl))
+    return _op(hidden, head, targets, mask, _Static(tiles, want_sum_sq, layout, impl))
 
 
 class _Static(NamedTuple):
     tiles: LogitTiles
     want_sum_sq: bool
-    keep_bytes: int
     layout: Layout | None
     impl: Impl
 
@@ -149,33 +144,31 @@ _RULES = {square: Rule(_BEGIN[: 4 + square], _add, _derivative) for square in (F
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _op(hidden, head, targets, mask, static: _Static) -> TokenStats:
-    local = functools.partial(_local_forward, static=static, keep=False)
-    return on_shards(local, static.layout, "dwtt", "t-")(hidden, head, targets, mask)[0]
+    return _forward(hidden, head, targets, mask, static)[0]
 
 
 def _forward(hidden, head, targets, mask, static: _Static):
-    local = functools.partial(_local_forward, static=static, keep=True)
-    stats, kept = on_shards(local, static.layout, "dwtt", "tk")(hidden, head, targets, mask)
-    return stats, (hidden, head, targets, mask, stats.lse, stats.entropy, kept)
+    local = functools.partial(_local_forward, static=static)
+    stats = on_shards(local, static.layout, "dwtt", "t")(hidden, head, targets, mask)
+    return stats, (hidden, head, targets, mask, stats.lse, stats.entropy)
 
 
 def _backward(static: _Static, saved: Any, cotangents: TokenStats):
     local = functools.partial(_local_backward, static=static)
     own = (cotangents.logp, cotangents.lse, cotangents.entropy)  # that of log_sum_sq is not looked at
-    return *on_shards(local, static.layout, "dwttttkttt", "dw")(*saved, *own), None, None
+    return *on_shards(local, static.layout, "dwttttttt", "dw")(*saved, *own), None, None
 
 
 _op.defvjp(_forward, _backward)
 
 
-def _local_forward(hidden, head, targets, mask, static: _Static, keep: bool):
+def _local_forward(hidden, head, targets, mask, static: _Static) -> TokenStats:
     """Of the tokens of one device; its part of the vocabulary is put together with those of the others."""
     vocab, chosen = static.layout and static.layout.vocab, choose(mask, targets.shape)
     h, y = chosen.take((hidden, targets))
     own = ((y - first_row(head, vocab)).astype(jnp.float32),)
-    keep = keep and 4 * targets.size * head.shape[0] <= static.keep_bytes
     rule, given = _RULES[static.want_sum_sq], (((h, head),), own, chosen.number)
-    (m, s, g, e, *ss), kept = sweep(rule, *given, static.tiles, static.impl, keep)
+    m, s, g, e, *ss = sweep(rule, *given, static.tiles, static.impl)
     if vocab is not None:
         top = jax.lax.pmax(m, vocab)
         shrink = jnp.exp(m - top)
@@ -184,13 +177,13 @@ def _local_forward(hidden, head, targets, mask, static: _Static, keep: bool):
         s, g, e, ss = jax.lax.psum((s * shrink, g, e, ss), vocab)
     lse = m + jnp.log(s)
     log_sum_sq = jnp.log(ss[0]) - 2 * jnp.log(s) if ss else None
-    return chosen.put(TokenStats(g - lse, lse, jnp.log(s) - e / s, log_sum_sq)), kept
+    return chosen.put(TokenStats(g - lse, lse, jnp.log(s) - e / s, log_sum_sq))
 
 
-def _local_backward(hidden, head, targets, mask, lse, entropy, kept, a, b, c, static: _Static):
+def _local_backward(hidden, head, targets, mask, lse, entropy, a, b, c, static: _Static):
     layout, chosen = static.layout, choose(mask, targets.shape)
     h, y, *own = chosen.take((hidden, targets, lse, entropy, a, b, c))
     own = ((y - first_row(head, layout and layout.vocab)).astype(jnp.float32), *own)
     given = (((h, head),), own, chosen.number, static.tiles, layout, static.impl)
-    dhidden, dhead = gradients(_RULES[False], *given, kept)
+    dhidden, dhead = gradients(_RULES[False], *given)
     return chosen.put(dhidden), dhead

@@ -13,8 +13,6 @@ from ...models.decoder import DecoderConfig, Params, Remat, forward
 from ...sharding.rules import REPLICATED, Rules, divisible
 from ..data.pipeline import Batch
 
-KEEP_BYTES = 256 << 20  # logits of a device that are kept for the backward pass; more are computed again
-
 
 class Scores(NamedTuple):
     """Of every target that was asked for; 0 at the others, whose logits nobody computes."""
@@ -104,8 +102,8 @@ def target_stats(
       rules: where tokens and vocabulary lie on the mesh that is set.
       more: options of `token_stats`.
     """
-    more |= dict(layout=layout_of(rules, hidden, table), keep_bytes=KEEP_BYTES)
-    return token_stats(hidden, table.astype(hidden.dtype), batch.targets, batch.mask, **more)
+    layout = layout_of(rules, hidden, table)
+    return token_stats(hidden, table.astype(hidden.dtype), batch.targets, batch.mask, layout=layout, **more)
 
 
 def target_kl(
