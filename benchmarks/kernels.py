@@ -3,8 +3,9 @@
 Compiled: each kernel at the shapes of an 8B model (Llama 3), by the TPU's own compiler, for v5e, v5p, v6e and TPU7x.
 `moved` are the bytes between the chip's large memory and its fast one, counted from the blocks of the compiled grid,
 `least` those that the operation has to move: its operands and its result, once. `held` is fast memory. `floor_seconds`
-is what the published rates allow, by bytes or by FLOPs, and no measurement. Then whole decode steps of that model at
-several widths: what a chip holds. Needs libtpu (extra `aot`).
+is what the published rates allow, by bytes or by FLOPs, and no measurement. Then what a loss on logits of a training
+step takes beside its inputs and gradients, by kernels, by XLA's loops and with all logits at once. Then whole decode
+steps of that model at several widths: what a chip holds. Needs libtpu (extra `aot`).
 
 Timed, on any device: top-k and top-p by sorting and by halving. Where the device is no CPU, kernel and XLA's own
 version are first compared, and then timed by turns in one process, each 8 times in one program.
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import record
+from jaxaroo.jaxlib_ext import token_kl, token_stats
 from jaxaroo.jaxlib_ext.expert_pair import Expert, expert_pair
 from jaxaroo.jaxlib_ext.qmm import pack, qmm
 from jaxaroo.jaxlib_ext.sampling import cut
@@ -110,6 +112,7 @@ def main() -> None:
     result: dict[str, Any] = {"benchmark": "kernels", "environment": record.environment()}
     result["cuts"] = {f"{B} x {V}": cuts(B, V, opts.runs) for B in (1, 8) for V in (32_000, 128_256)}
     result["compiled"] = {case.name: compiled(case, opts.chips) for case in cases()}
+    result["losses"] = {name: loss_on_logits(name, opts.chips) for name in ("token_stats", "token_kl")}
     result["decode_steps"] = {
         chip: {bits: decode_step(chip, bits) for bits in opts.steps} for chip in opts.chips if opts.steps
     }
@@ -135,6 +138,43 @@ def compiled(case: Case, chips: list[str]) -> dict[str, Any]:
         f"{case.name}: moved {found['share']:.3f} x {case.least / 2**20:.2f} MiB, held {traffic.held / 2**20:.1f} MiB",
         flush=True,
     )
+    return found
+
+
+def loss_on_logits(name: str, chips: list[str], N: int = 8192, V: int = 128_256, D: int = 4096) -> dict[str, Any]:
+    """Forward and backward of a sum of log-probabilities, or of divergences from a reference of the same size."""
+    h, w, y = like((N, D), jnp.bfloat16), like((V, D), jnp.bfloat16), like((N,), jnp.int32)
+    given = (h, w, y) if name == "token_stats" else (h, w, h, w)
+
+    def step(impl: str):
+        def loss(h, w, *rest):
+            if name == "token_stats":
+                form = (
+                    token_stats.reference if impl == "dense" else functools.partial(token_stats.token_stats, impl=impl)
+                )
+                return form(h, w, *rest).logp.sum()
+            form = token_kl.reference if impl == "dense" else functools.partial(token_kl.token_kl, impl=impl)
+            return form(h, w, *rest).sum()
+
+        return jax.value_and_grad(loss, argnums=(0, 1))
+
+    sizes = {"sweep": 1024, "dhidden": 512, "dhead": 256}  # rows of a tile of tokens; all of them are in use
+    found: dict[str, Any] = {"tokens": N, "vocabulary": V, "width": D, "kernels": {}, "chips": {}}
+    for kernel, rows in sizes.items():
+        traffic = kernel_traffic(step("pallas"), *given, scalars=[np.int32([N // rows])])
+        [one] = [t for t in traffic if t.name == kernel]
+        found["kernels"][kernel] = {"moved": one.moved, "held": one.held}
+    products = {"token_stats": (5, 4, 3), "token_kl": (8, 6, 4)}[name]  # of N D V: kernels, loops, all at once
+    for chip in chips:
+        row = found["chips"][chip] = {}
+        for impl, times in zip(("auto", "xla", "dense"), products, strict=True):
+            try:
+                memory = compile_for(chip, step(impl), *given).memory_analysis()
+                row[impl] = {"temporary_bytes": memory.temp_size_in_bytes}
+            except jax.errors.JaxRuntimeError as e:
+                row[impl] = {"said": str(e)[:200]}
+            row[impl]["floor_seconds_of_products"] = 2 * times * N * D * V / CHIPS[chip].bfloat16
+    print(name, found, flush=True)
     return found
 
 
