@@ -12,7 +12,22 @@ from pathlib import Path
 
 import tyro
 
-from . import bench, bits, data, evaluate, files, generate, label, membership, quickstart, rl, rounds, train, vision
+from . import (
+    bench,
+    bits,
+    data,
+    evaluate,
+    files,
+    generate,
+    label,
+    membership,
+    plan,
+    quickstart,
+    rl,
+    rounds,
+    train,
+    vision,
+)
 from .output import UsageError
 
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
@@ -55,6 +70,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "eval membership": membership.eval_membership,
     "eval prm": evaluate.eval_prm,
     "eval best-of-n": evaluate.eval_best_of_n,
+    "plan": plan.plan,
     "bench speculative": bench.bench_speculative,
     "quickstart": quickstart.quickstart,
 }

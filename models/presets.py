@@ -54,8 +54,9 @@ PRESETS: dict[str, DecoderConfig] = {
     "1m": _shape(V=260, D=128, F=512, L=4, N=4, K=4, H=32, tie_embeddings=True, max_positions=1024),
     "3m": _shape(V=260, D=256, F=688, L=4, N=8, K=4, H=32, max_positions=2048),
     "100m": _shape(V=32_000, D=768, F=2048, L=12, N=12, K=4, H=64, rope_theta=500_000.0, max_positions=2048),
-    # meta-llama/Meta-Llama-3-8B and Llama-3.2-1B
+    # meta-llama/Meta-Llama-3-8B, Meta-Llama-3-70B and Llama-3.2-1B
     "llama3-8b": _shape(D=4096, F=14_336, L=32, N=32, K=8, H=128, max_positions=8192, **_LLAMA3),
+    "llama3-70b": _shape(D=8192, F=28_672, L=80, N=64, K=8, H=128, max_positions=8192, **_LLAMA3),
     "llama3.2-1b": _shape(
         D=2048, F=8192, L=16, N=32, K=8, H=64, tie_embeddings=True, max_positions=131_072, rope_scaling=_LONG, **_LLAMA3
     ),

@@ -49,6 +49,12 @@ def devices_of(topology: str) -> Any:
             'devices_of: no libtpu; expected the TPU compiler. pip install "jaxaroo[aot]", or "jax[tpu]".'
         ) from e
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu asks a server of the cloud otherwise, and waits
+    for name, value in (
+        ("WORKER_HOSTNAMES", "localhost"),
+        ("ACCELERATOR_TYPE", "v5litepod-4"),
+        ("STDERR_LOG_LEVEL", "3"),
+    ):
+        os.environ.setdefault(f"TPU_{name}", value)  # and tells at length that it did not get an answer
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes compile; none of them owns a chip
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices

@@ -59,7 +59,7 @@ from .recipe import (
     Trainable,
 )
 from .state import TrainState, init_state
-from .step import make_train_step
+from .step import Step, make_train_step
 
 log = logging.getLogger(__name__)
 ARITHMETIC = "builtin:arithmetic"
@@ -270,38 +270,22 @@ def origin_of(cfg: RunConfig) -> Origin:
     return Origin(dataclasses.replace(config, dtype=cfg.dtype or "float32"), tokenizer, folder)
 
 
-def begin_state(
-    cfg: RunConfig, origin: Origin, what: Trainable, tx, mesh
-) -> tuple[TrainState, Callable[[], TrainState]]:
-    """The state in the abstract, its frozen parameters in fact; and how to make it, when no checkpoint holds it.
-
-    Only one of the two is ever on the devices.
+def state_shapes(cfg: RunConfig, origin: Origin, what: Trainable, tx: Any, mesh: Mesh) -> TrainState:
+    """The state in the abstract: `ShapeDtypeStruct`s with their shardings; nothing is read or allocated.
 
     Args:
-      cfg: model, seed, and whether there is a moving average.
+      cfg: seed, and whether there is a moving average.
       origin: what the run begins with.
       what: is trained.
       tx: the optimiser.
       mesh: where all of it goes.
     """
-    config, axes, shapes = origin.config, param_axes(origin.config), param_shapes(origin.config)
-    if what.companion is not None:
-        axes = {"target": axes, "drafter": what.companion.axes}
-        shapes = {"target": shapes, "drafter": what.companion.shapes}
-    placed = RULES.shardings(mesh, axes, shapes)
-    key = jax.random.split(jax.random.key(cfg.seed))[1]
-
-    def load() -> Params:
-        model = _load_model(cfg, origin, mesh)
-        return model if what.companion is None else {"target": model, "drafter": what.companion.load(mesh, RULES)}
-
-    def state_of(base: Params, key) -> TrainState:
-        frozen, carry = base if what.beside else None, None if what.carry is None else what.carry.init(base)
-        return init_state(what.init(base, key), tx, seed=cfg.seed, frozen=frozen, ema=cfg.ema > 0, carry=carry)
-
-    like = jax.eval_shape(state_of, shapes, key)
+    shapes, placed = _base(origin, what, mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))  # the devices may not be here
+    like = jax.eval_shape(partial(_state_of, cfg, what, tx), shapes, key)
     trained = RULES.shardings(mesh, what.axes, like.params)
     one: Any = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    axes = param_axes(origin.config)
     shardings = TrainState(
         step=one,
         params=trained,
@@ -311,12 +295,58 @@ def begin_state(
         key=one,
         skipped=one,
         skipped_in_a_row=one,
-        carry=() if what.carry is None else RULES.shardings(mesh, what.carry.axes(param_axes(config)), like.carry),
+        carry=() if what.carry is None else RULES.shardings(mesh, what.carry.axes(axes), like.carry),
     )
-    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
+
+
+def begin_state(
+    cfg: RunConfig, origin: Origin, what: Trainable, tx: Any, mesh: Mesh
+) -> tuple[TrainState, Callable[[], TrainState]]:
+    """The state in the abstract, its frozen parameters in fact; and how to make it, when no checkpoint holds it.
+
+    Only one of the two is ever on the devices. Arguments are those of `state_shapes`.
+    """
+    like = state_shapes(cfg, origin, what, tx, mesh)
+    key = jax.random.split(jax.random.key(cfg.seed))[1]
+
+    def load() -> Params:
+        model = _load_model(cfg, origin, mesh)
+        return model if what.companion is None else {"target": model, "drafter": what.companion.load(mesh, RULES)}
+
     base = load() if what.beside else None
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    state_of = partial(_state_of, cfg, what, tx)
     make = jax.jit(state_of, out_shardings=shardings, donate_argnums=() if what.beside else 0)
     return like._replace(frozen=base or {}), lambda: make(load() if base is None else base, key)
+
+
+def step_of(
+    cfg: RunConfig, kind: str, options: Any, origin: Origin, what: Trainable, tx: Any, like: TrainState
+) -> Step:
+    """The jitted step of a run.
+
+    Args:
+      cfg: of the run.
+      kind: of training, a key of `RECIPES`.
+      options: of this kind alone.
+      origin: what the run begins with.
+      what: is trained.
+      tx: the optimiser.
+      like: the state, for where it lies.
+    """
+    recipe = RECIPES[kind]
+    return make_train_step(
+        recipe.make_loss(origin, options, rules=RULES, remat=cfg.remat),
+        tx,
+        recipe.counts(options),
+        combine=what.combine,
+        ema_decay=cfg.ema,
+        schedule=make_schedule(cfg.optimizer, cfg.steps),
+        shardings=jax.tree.map(lambda x: x.sharding, like),
+        turns=recipe.turns(origin, options, cfg.steps),
+        advance=None if what.carry is None else what.carry.advance,
+    )
 
 
 def absolute_name(name: str) -> str:
@@ -358,7 +388,6 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
     board = _board(cfg)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         # 2. Where it begins: at step 0, or at the newest checkpoint that is whole.
-        schedule = make_schedule(cfg.optimizer, cfg.steps)
         tx = recipe.optimizer(origin, options, cfg.optimizer, cfg.steps)
         like, create = begin_state(cfg, origin, trainable, tx, mesh)
         if jax.process_index() == 0:
@@ -388,17 +417,7 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
         # 3. The way from there.
         record = _recorder(cfg, int(state.step), board, stack)
         stopped = stack.enter_context(stop_signals())
-        step = make_train_step(
-            recipe.make_loss(origin, options, rules=RULES, remat=cfg.remat),
-            tx,
-            recipe.counts(options),
-            combine=trainable.combine,
-            ema_decay=cfg.ema,
-            schedule=schedule,
-            shardings=jax.tree.map(lambda x: x.sharding, like),
-            turns=recipe.turns(origin, options, cfg.steps),
-            advance=None if trainable.carry is None else trainable.carry.advance,
-        )
+        step = step_of(cfg, kind, options, origin, trainable, tx, like)
         state = fit(
             state,
             step,
@@ -423,6 +442,20 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
         if done >= cfg.steps:
             _export(cfg, trainable, state)
     return Outcome(done, done >= cfg.steps, stopped())
+
+
+def _base(origin: Origin, what: Trainable, mesh: Mesh) -> tuple[Params, Params]:
+    """Shapes of what a state is made of, and where they lie."""
+    axes, shapes = param_axes(origin.config), param_shapes(origin.config)
+    if what.companion is not None:
+        axes = {"target": axes, "drafter": what.companion.axes}
+        shapes = {"target": shapes, "drafter": what.companion.shapes}
+    return shapes, RULES.shardings(mesh, axes, shapes)
+
+
+def _state_of(cfg: RunConfig, what: Trainable, tx: Any, base: Params, key: jax.Array) -> TrainState:
+    frozen, carry = base if what.beside else None, None if what.carry is None else what.carry.init(base)
+    return init_state(what.init(base, key), tx, seed=cfg.seed, frozen=frozen, ema=cfg.ema > 0, carry=carry)
 
 
 def _examples(cfg: RunConfig, layout: Layout, progress: bool) -> Any:

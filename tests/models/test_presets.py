@@ -13,6 +13,7 @@ from jaxaroo.models.presets import PRESETS, preset
 # What huggingface.co shows for the safetensors of each repository.
 PUBLISHED = {
     "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
     "llama3.2-1b": 1_235_814_400,
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-1.5b": 1_543_714_304,
@@ -44,6 +45,7 @@ STRETCHED = dict(
 )
 CONFIGS = {
     "llama3-8b": ((4096, 14336, 32, 32, 8, 128256), LLAMA | dict(max_position_embeddings=8192)),
+    "llama3-70b": ((8192, 28672, 80, 64, 8, 128256), LLAMA | dict(max_position_embeddings=8192)),
     "llama3.2-1b": (
         (2048, 8192, 16, 32, 8, 128256),
         LLAMA | dict(max_position_embeddings=131072, tie_word_embeddings=True, rope_scaling=STRETCHED, head_dim=64),

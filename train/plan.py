@@ -1,0 +1,88 @@
+"""The step of a run in the abstract: what `jaxaroo plan` compiles for chips that are not here."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from ..models.decoder import DecoderConfig
+from ..models.tokenizer import byte_tokenizer
+from ..sharding.plan import Plan, plan
+from ..sharding.rules import divisible
+from .data.pipeline import Batch
+from .recipe import RECIPES, Origin
+from .run import RULES, RunConfig, state_shapes, step_of
+
+KINDS = tuple(name for name in RECIPES if name != "acceptance")  # its drafter stands in a folder
+
+
+def plan_training(kind: str, cfg: RunConfig, options: Any, config: DecoderConfig, mesh: Mesh, chip: str) -> Plan:
+    """Compile the step that a run of these settings makes, from shapes alone.
+
+    Args:
+      kind: of training, one of `KINDS`.
+      cfg: of the run; its model, data and mesh are not looked at.
+      options: of this kind alone.
+      config: of the model.
+      mesh: of devices of `topology.devices_of`.
+      chip: a key of `topology.CHIPS`.
+
+    Raises:
+      ValueError: for a batch that the mesh does not divide, or settings that do not go together.
+    """
+    recipe = RECIPES[kind]
+    origin = Origin(dataclasses.replace(config, dtype=cfg.dtype or "bfloat16"), byte_tokenizer(), None)
+    what = recipe.trainable(origin, options, cfg.lora if cfg.adapters == "lora" else None)
+    tx = recipe.optimizer(origin, options, cfg.optimizer, cfg.steps)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        state, window = state_shapes(cfg, origin, what, tx, mesh), window_shapes(cfg, mesh, recipe.more(options))
+        build = lambda cfg: step_of(cfg, kind, options, origin, what, tx, state)
+    parts = {"parameters": state.params, "optimiser": state.opt_state, "frozen": state.frozen, "mean": state.ema}
+    parts |= {"reference": state.carry, "batch": window}
+    step, straight = build(cfg), build(dataclasses.replace(cfg, remat="none"))
+    return plan(step, (state, window), parts, mesh, chip, useful=straight)
+
+
+def window_shapes(cfg: RunConfig, mesh: Mesh, more: tuple[str, ...] = ()) -> Batch:
+    """One window of a run as it is put on the devices.
+
+    Args:
+      cfg: its batch settings.
+      mesh: of the devices.
+      more: names of further numbers of targets.
+    """
+    batch = cfg.batch
+    shape = batch.micro_batches, batch.size // batch.micro_batches, batch.max_length
+    names = RULES.batch if isinstance(RULES.batch, tuple) else (RULES.batch,)
+    ways = 1
+    for name in names:
+        ways *= mesh.shape[str(name)]
+    if shape[1] % ways:
+        raise ValueError(
+            f"plan: {shape[1]} rows of a micro-batch on {ways} parts (data x fsdp); expected a multiple of {ways}. "
+            f"Make the batch a multiple of {ways * batch.micro_batches}, or give tensor or sequence more devices."
+        )
+    spec = divisible(RULES.spec(None, "batch", "seq"), shape, mesh.shape, "window")
+    one = partial(jax.ShapeDtypeStruct, shape, sharding=NamedSharding(mesh, spec))
+    ints, floats = one(dtype=jnp.int32), one(dtype=jnp.float32)
+    extra = dict.fromkeys(more, floats) or None
+    return Batch(ints, ints, ints, ints, one(dtype=jnp.bool_), floats, floats, extra)
+
+
+def run_config(rows: int, length: int, **settings: Any) -> RunConfig:
+    """Settings of a run that is only planned: nothing is read and nothing is written.
+
+    Args:
+      rows: of a step, over all devices and micro-batches.
+      length: tokens of a row.
+      settings: others of `RunConfig`; `micro_batches` is the batch's.
+    """
+    base = RunConfig(model="preset:tiny", data="builtin:arithmetic", out=Path("unused"))
+    batch = dataclasses.replace(
+        base.batch, size=rows, max_length=length, micro_batches=settings.pop("micro_batches", 1)
+    )
+    return dataclasses.replace(base, batch=batch, **settings)
