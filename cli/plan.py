@@ -31,12 +31,12 @@ class Request:
     mesh: str
     batch: int
     seq: int
-    micro_batches: int
-    remat: Literal["none", "dots", "full"]
-    adapters: Literal["none", "lora"]
-    objective: str
-    bits: int
-    nodes: int
+    micro_batches: int = 1
+    remat: Literal["none", "dots", "full"] = "none"
+    adapters: Literal["none", "lora"] = "none"
+    objective: str = "dpo"
+    bits: int = 16
+    nodes: int = 1
 
 
 def plan(
@@ -86,10 +86,20 @@ def plan(
 
     jax.config.update("jax_platforms", "cpu")  # of what is here, nothing else is used
     logging.getLogger("jaxaroo.sharding.rules").setLevel(logging.ERROR)
-    settings = dict(batch=batch, seq=seq, micro_batches=micro_batches, remat=remat, adapters=adapters)
     asked = Request(
-        what=what, model=model, topology=topology, mesh=mesh, objective=objective, bits=bits, nodes=nodes, **settings
-    )  # type: ignore[arg-type]
+        what=what,
+        model=model,
+        topology=topology,
+        mesh=mesh,
+        batch=batch,
+        seq=seq,
+        micro_batches=micro_batches,
+        remat=remat,
+        adapters=adapters,
+        objective=objective,
+        bits=bits,
+        nodes=nodes,
+    )
     found = [(asked, answer(asked, fresh))]
     if search:
         found += _others(found[0], other_meshes(asked), tries, fresh)

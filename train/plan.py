@@ -69,8 +69,8 @@ def window_shapes(cfg: RunConfig, mesh: Mesh, more: tuple[str, ...] = ()) -> Bat
     spec = divisible(RULES.spec(None, "batch", "seq"), shape, mesh.shape, "window")
     one = partial(jax.ShapeDtypeStruct, shape, sharding=NamedSharding(mesh, spec))
     ints, floats = one(dtype=jnp.int32), one(dtype=jnp.float32)
-    extra = dict.fromkeys(more, floats) or None
-    return Batch(ints, ints, ints, ints, one(dtype=jnp.bool_), floats, floats, extra)
+    leaves: Any = (ints, ints, ints, ints, one(dtype=jnp.bool_), floats, floats, dict.fromkeys(more, floats) or None)
+    return Batch(*leaves)
 
 
 def run_config(rows: int, length: int, **settings: Any) -> RunConfig:
