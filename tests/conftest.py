@@ -29,7 +29,7 @@ hypothesis.settings.load_profile("jaxaroo")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--first-of-each", action="store_true", help="of a parametrised test only its first parameters")
+    parser.addoption("--first-of-each", action="store_true", help="first parameters alone, and nothing slow")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config, items):
         seen, kept, others = set(), [], []
         for item in items:
             name = item.path, getattr(item, "cls", None), getattr(item, "originalname", item.name)
-            (others if name in seen else kept).append(item)
+            (others if name in seen or item.get_closest_marker("slow") else kept).append(item)
             seen.add(name)
         config.hook.pytest_deselected(items=others)
         items[:] = kept

@@ -120,6 +120,7 @@ def test_a_policy_learns_which_of_its_answers_are_right(run, home, tmp_path):
     assert np.mean(correct) == last["greedy_accuracy"]
 
 
+@pytest.mark.slow
 def test_drafted_answers_are_the_same_answers(run, home, tmp_path, monkeypatch):
     """Drafted by the policy as it began, judged by coupling."""
     made, Engine = [], engine.Engine
@@ -140,6 +141,7 @@ def test_drafted_answers_are_the_same_answers(run, home, tmp_path, monkeypatch):
     assert (status, "verifier rejection; expected coupled" in err) == (1, True)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(run, home, tmp_path, monkeypatch):
     """With the engine and a reward model, on the embedded task."""
     more = ("--data", "builtin:arithmetic", "--reward", home / "judge", "--aggregate", "last", "--steps", 4)

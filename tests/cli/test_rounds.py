@@ -90,6 +90,7 @@ def greedy_accuracy(model, rows):
     return np.mean([res.outputs[0].text == f"ans {r['answer']}" for res, r in zip(results, rows, strict=True)])
 
 
+@pytest.mark.slow
 def test_a_policy_learns_from_its_own_right_answers(run, home, tmp_path):
     """Four digits at first, one for each noun in the end."""
     out, sizes = tmp_path / "out", ("--problems", 16, "--samples", 6, "--steps", 40)
@@ -135,6 +136,7 @@ def kept(out):
     return found | {"model": weights(out / "model"), "report": (out / "report.json").read_bytes()}
 
 
+@pytest.mark.slow
 def test_a_loop_that_was_stopped_ends_as_one_that_was_not(run, home, tmp_path, monkeypatch):
     """With a reward model, on the embedded task: stopped while it trains, and then while it asks."""
     data = ("--data", "builtin:arithmetic", "--reward", home / "judge", "--aggregate", "mean")
@@ -250,6 +252,7 @@ def sampled(home, rows, number, guidance=None, n=4):
 
 
 @pytest.mark.parametrize(("beta", "width"), [(0, "all"), (40, 4)])
+@pytest.mark.slow
 def test_answers_of_the_second_round_are_guided_by_the_first(run, home, tmp_path, beta, width):
     """The right digit is always the same, so a value model soon knows it."""
     out, model = tmp_path / "out", home / "run" / "model"

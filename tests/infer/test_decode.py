@@ -243,6 +243,7 @@ def copyist():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
+@pytest.mark.slow
 def test_a_trained_model_writes_the_same_at_8_and_4_bits(dtype):
     """Patterns of tokens that do not repeat, begun at different places; the right answer is known."""
     rng = np.random.default_rng(0)

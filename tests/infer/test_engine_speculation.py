@@ -59,6 +59,7 @@ def plainly():
         return answers(engine.generate(PROMPTS, SAMPLINGS))
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_plain_decoding_in_slots_that_refill():
     with Engine(model(), max_seqs=4, speculation=drafting(), speculate="on") as engine:
         assert answers(engine.generate(PROMPTS, SAMPLINGS)) == plainly()

@@ -27,6 +27,7 @@ def at(master, bits):
     return Model(CFG, switch_bits(master, bits))
 
 
+@pytest.mark.slow
 def test_quality_is_that_of_the_floats_of_this_width(master):
     ids = [np.arange(5, 17), np.array([7, 7, 9, 250, 3])]
     got = quality(at(master, 2), byte_tokenizer(), Rows(ids, [4, 2], []))

@@ -199,6 +199,7 @@ def unfolded():
     return np.asarray(logits(CFG, *network()))
 
 
+@pytest.mark.slow
 def test_the_whole_network_folded_is_the_network(tmp_path):
     params, stats = network()
     cfg, kernels = ghostnet.fold(CFG, params, stats)

@@ -197,6 +197,7 @@ def test_either_answer_stands_behind_the_id_and_the_accepted_belief():
 
 
 # ---------------------------------------------------------------------------------------------- what losses are made of
+@pytest.mark.slow
 def test_a_loss_hands_on_the_divergence_the_ids_and_the_states_of_the_models_it_ran():
     """Oracle: logits of both models, in float64."""
     params = {name: jax.jit(init_params, static_argnums=0)(CFG, jax.random.key(i)) for i, name in enumerate(("a", "b"))}
@@ -298,6 +299,7 @@ def test_a_run_learns_to_prefer_resumes_to_the_bit_and_leaves_a_model(base, tmp_
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_what_is_written_down_trains_as_the_model_itself(base, tmp_path, monkeypatch):
     cfg = settings(base, tmp_path / "live")
     start("preference", cfg, PreferenceOptions())
@@ -426,6 +428,7 @@ def test_d2o_takes_as_many_samples_as_it_is_told(base, tmp_path):
 
 @pytest.mark.optimizer
 @pytest.mark.parametrize("name", ["dpo", "simpo"])
+@pytest.mark.slow
 def test_neither_micro_batches_nor_devices_nor_packing_change_the_training(base, tmp_path, name):
     from jaxaroo.sharding.mesh import MeshConfig
 

@@ -99,6 +99,7 @@ def close(got, want):
     assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_at_every_width(run):
     out, seen = run
     lines = read_records(out / "metrics.jsonl")
@@ -114,6 +115,7 @@ def test_the_loss_falls_at_every_width(run):
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_a_run_that_was_left_ends_in_the_same_bytes(base, run, tmp_path):
     left = tmp_path / "left"
     with pytest.raises(KeyboardInterrupt):
@@ -158,6 +160,7 @@ def test_for_training_the_floats_of_the_master_come_back(run):
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_layers_draw_and_a_float_teacher_stays_what_it_was(base, run, tmp_path):
     """Begun with the master of another run, whose floats teach; what is written is the running mean."""
     out, seen = tmp_path / "out", Seen()

@@ -99,6 +99,7 @@ def stop_at(number):
 @pytest.mark.parametrize(
     "name", [n if n in ("eagle", "kangaroo") else pytest.param(n, marks=pytest.mark.proof) for n in KINDS]
 )
+@pytest.mark.slow
 def test_trains_beside_its_target_resumes_to_the_bit_and_serves(target, tmp_path, name):
     kind, options = KINDS[name]
     before = (target / "model" / "model.safetensors").read_bytes()
@@ -149,6 +150,7 @@ def answers(target, speculation, temperatures=(0.0, 1.0)):
 
 @pytest.mark.optimizer
 @pytest.mark.parametrize("name", ["small", pytest.param("adapter", marks=pytest.mark.proof)])
+@pytest.mark.slow
 def test_an_acceptance_head_trains_beside_two_frozen_networks_resumes_and_serves(target, tmp_path, name):
     options = AcceptanceOptions(drafter=str(target / name), blocks=1)
     before = [files(target / folder) for folder in ("model", name)]

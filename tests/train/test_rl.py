@@ -220,6 +220,7 @@ def test_nothing_compiles_after_the_first_steps(model, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "devices"), [("tempo", 8), ("constrained", 1)])
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(model, tmp_path, monkeypatch, name, devices):
     monkeypatch.setattr(rl, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:devices]))
     two = name == "constrained"

@@ -172,6 +172,7 @@ def test_fifty_kills_at_random_moments():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_told_to_stop_it_saves_and_says_how_to_go_on(undisturbed, tmp_path, number):
     out = tmp_path / "stopped"
     child = begin("sft", *OPTIONS, "--out", out)
@@ -186,6 +187,7 @@ def test_told_to_stop_it_saves_and_says_how_to_go_on(undisturbed, tmp_path, numb
     assert_same_run(out, undisturbed)
 
 
+@pytest.mark.slow
 def test_on_other_devices_the_order_is_the_same_and_the_losses_agree(undisturbed, tmp_path):
     """Begun on one device, gone on with on eight; beside it a whole run on eight."""
     out = tmp_path / "moved"

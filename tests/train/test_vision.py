@@ -110,6 +110,7 @@ def test_running_statistics_come_to_those_of_the_images(unbroken, toy):
     assert ((ratio > 0.6) & (ratio < 1.2)).all(), ratio  # crops have borders of zeros, and 0.9^20 of the 1 is left
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_each_phase_ends_as_one_that_was_not(unbroken, toy, tmp_path, monkeypatch):
     cfg, append, due = settings(toy, tmp_path / "run"), vision.append_records, [5, 5 + STEPS]
     seen = []
