@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from .topology import CHIPS, Chip
+from .topology import CHIPS, Chip, is_program
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _TALK = rf"= (.*?) ({'|'.join(KINDS)})(-start)?\("
@@ -130,7 +130,7 @@ def _work(program: Any) -> Work:
             out = params["dimension_numbers"].rhs_spec[0]
             flops += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / kernel[out]
             continue
-        times, inside = 1.0, [x for x in jax.tree.leaves([*params.values()], is_leaf=_is_program) if _is_program(x)]
+        times, inside = 1.0, [x for x in jax.tree.leaves([*params.values()], is_leaf=is_program) if is_program(x)]
         if name == "scan":
             times = params["length"]
         elif name == "while":
@@ -153,10 +153,6 @@ def _branch(params: Mapping[str, Any], branches: list[Any]) -> list[Any]:
     if platforms is not None:
         return [next(b for b, on in zip(branches, platforms, strict=True) if on is None or "tpu" in on)]
     return [max(branches, key=lambda b: _work(getattr(b, "jaxpr", b)).flops)]
-
-
-def _is_program(x: Any) -> bool:
-    return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
 
 
 # ---------------------------------------------------------------------------------------------------------- collectives

@@ -121,12 +121,13 @@ def _kernels(program: Any, scalars: tuple[Any, ...], found: list[Traffic]) -> No
         if equation.primitive.name == "pallas_call":
             found.append(_traffic(equation, scalars))
             continue
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
-            if _is_program(value):
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_program):
+            if is_program(value):
                 _kernels(getattr(value, "jaxpr", value), scalars, found)
 
 
-def _is_program(x: Any) -> bool:
+def is_program(x: Any) -> bool:
+    """Whether a parameter of an equation is a program within it."""
     return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from jaxaroo.jaxlib_ext.dispatch import IMPLS, run
 
@@ -26,6 +27,9 @@ def test_auto_is_the_kernel_on_one_tpu_if_it_serves():
             f = jax.jit(lambda x: run("test", "auto", "", KERNEL, PLAIN, x))
             text = str(jax.export.export(f, platforms=["tpu"])(jnp.zeros(8)).mlir_module())
             assert ("stablehlo.sine" in text) == (want == "kernel")
+            part = jax.shard_map(f, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"), check_vma=False)
+            text = str(jax.export.export(jax.jit(part), platforms=["tpu"])(jnp.zeros(8)).mlir_module())
+            assert "stablehlo.sine" in text  # arrays are those of one device
 
 
 def test_names_are_obeyed_or_refused_with_the_reason():
