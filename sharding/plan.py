@@ -170,7 +170,7 @@ def collective_bytes(text: str, mesh: Mesh) -> dict[str, dict[str, float]]:
     """
     bodies, entry = _computations(text)
     found: dict[str, dict[str, float]] = {}
-    for line, times in _talk(bodies, entry):
+    for line, times, cut in _talk(bodies, entry):
         shape, kind, started = re.search(_TALK, line).groups()  # type: ignore[union-attr]
         sizes = [_bytes(piece) for piece in re.findall(r"(\w+)\[([\d,]*)\]", shape)]
         if started and kind != "all-reduce":  # a pair of what goes in and what comes out, and perhaps counters
@@ -180,25 +180,28 @@ def collective_bytes(text: str, mesh: Mesh) -> dict[str, dict[str, float]]:
         if n < 2:
             continue
         whole = sum(sizes) * (n if kind == "reduce-scatter" else 1)
+        kind = "reduce-scatter" if cut else kind
         share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
         row = found.setdefault(names, {})
         row[kind] = row.get(kind, 0.0) + times * share * whole
     return found
 
 
-def _talk(bodies: Mapping[str, list[str]], entry: str) -> Iterator[tuple[str, float]]:
-    """Collectives, and how often each happens.
+def _talk(bodies: Mapping[str, list[str]], entry: str) -> Iterator[tuple[str, float, bool]]:
+    """Collectives, how often each happens, and whether it is a sum of which every device keeps a part alone.
 
     One that is begun in a fusion, goes on in others while a loop runs, and is awaited in a last one stands in all of
-    them under one channel: it happens as often as the rarest.
+    them under one channel: it happens as often as the rarest. A sum in a computation `all-reduce-scatter` is cut to a
+    part there, which a TPU does as a scatter.
     """
-    pieces: dict[tuple[str, str], list[tuple[str, float]]] = {}
+    pieces: dict[tuple[str, str], list[tuple[str, float, bool]]] = {}
     for line, times, within in _run(bodies, entry, 1.0):
         match, channel = re.search(_TALK, line), re.search(r"channel_id=(\d+)", line)
+        found = line, times, within.startswith("all-reduce-scatter")
         if match and channel and within:
-            pieces.setdefault((channel[1], match[2]), []).append((line, times))
+            pieces.setdefault((channel[1], match[2]), []).append(found)
         elif match:
-            yield line, times
+            yield found
     yield from (min(found, key=lambda one: one[1]) for found in pieces.values())
 
 
@@ -217,9 +220,9 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _run(bodies: Mapping[str, list[str]], name: str, times: float, within: bool = False):
-    """Every line that runs, how often, and whether within a fusion. A computation runs once a call, a loop's as often
-    as it says."""
+def _run(bodies: Mapping[str, list[str]], name: str, times: float, within: str = ""):
+    """Every line that runs, how often, and within which fusion. A computation runs once a call, a loop's as often as
+    it says."""
     for line in bodies.get(name, []):
         yield line, times, within
         called = [x for x in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line) if x in bodies]
@@ -232,7 +235,7 @@ def _run(bodies: Mapping[str, list[str]], name: str, times: float, within: bool 
             yield from ((x, times * (trips or 1) * n, within or fused) for x, n, fused in inner)
         else:
             for one in called:
-                yield from _run(bodies, one, times, within or " fusion(" in line)
+                yield from _run(bodies, one, times, within or (one if " fusion(" in line else ""))
 
 
 def _trips(bodies: Mapping[str, list[str]], line: str) -> float | None:

@@ -324,17 +324,7 @@ def begin_state(
 def step_of(
     cfg: RunConfig, kind: str, options: Any, origin: Origin, what: Trainable, tx: Any, like: TrainState
 ) -> Step:
-    """The jitted step of a run.
-
-    Args:
-      cfg: of the run.
-      kind: of training, a key of `RECIPES`.
-      options: of this kind alone.
-      origin: what the run begins with.
-      what: is trained.
-      tx: the optimiser.
-      like: the state, for where it lies.
-    """
+    """The jitted step of a run of this kind with its own options; `like` says where the state lies."""
     recipe = RECIPES[kind]
     return make_train_step(
         recipe.make_loss(origin, options, rules=RULES, remat=cfg.remat),

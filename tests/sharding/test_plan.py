@@ -131,6 +131,20 @@ ENTRY %main (x: bf16[2,16]) -> bf16[8,16] {
     }
 
 
+def test_a_sum_of_which_each_device_keeps_a_part_is_a_scatter():
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    text = """
+%all-reduce-scatter.3 (x: f32[8,16]) -> f32[2,16] {
+  %a = f32[8,16]{1,0} all-reduce(%x), channel_id=3, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+  ROOT %b = f32[2,16]{1,0} dynamic-slice(%a, %i, %z), dynamic_slice_sizes={2,16}
+}
+ENTRY %main (x: f32[8,16]) -> f32[2,16] {
+  ROOT %s = f32[2,16] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.3
+}
+"""
+    assert collective_bytes(text, mesh) == {"fsdp": {"reduce-scatter": pytest.approx(3 / 4 * 8 * 16 * 4)}}
+
+
 @pytest.mark.errors
 def test_what_cannot_be_read_is_refused_and_not_guessed():
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
