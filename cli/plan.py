@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -23,47 +23,9 @@ GIB = float(1 << 30)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """All that a plan depends on."""
+    """All that a plan depends on.
 
-    what: str
-    model: str
-    topology: str
-    mesh: str
-    batch: int
-    seq: int
-    micro_batches: int = 1
-    remat: Literal["none", "dots", "full"] = "none"
-    adapters: Literal["none", "lora"] = "none"
-    objective: str = "dpo"
-    bits: int = 16
-    nodes: int = 1
-
-
-def plan(
-    what: tyro.conf.Positional[What],
-    *,
-    model: str,
-    topology: str,
-    mesh: str = "fsdp=-1",
-    batch: int = 8,
-    seq: int = 2048,
-    micro_batches: int = 1,
-    remat: Literal["none", "dots", "full"] = "none",
-    adapters: Literal["none", "lora"] = "none",
-    objective: str = "dpo",
-    bits: int = 16,
-    nodes: int = 1,
-    search: bool = False,
-    tries: int = 8,
-    fresh: bool = False,
-    json: bool = False,
-) -> int:
-    """Compile a step for TPUs that are not here, from shapes alone: does it fit, and what bounds its time?
-
-    Needs the TPU's compiler (pip install "jaxaroo[aot]"), no TPU. A plan is remembered, and answers at once when it is
-    asked for again. Exit status 0 if the step fits, or another that is found does; 1 if none does.
-
-    Args:
+    Attributes:
       what: kind of training (`jaxaroo train ...`), or a step of decoding.
       model: preset:NAME, or folder of a checkpoint, of which only config.json is read.
       topology: kind and layout of the chips: v5e:4x4, v5p:2x2x1, v6e:8x8, tpu7x:2x2x1.
@@ -76,6 +38,37 @@ def plan(
       objective: of `plan preference`.
       bits: of the weights, of `plan decode`: 16, or 8, 6, 4, 3, 2 on one device.
       nodes: of `plan decode`: tokens a row reads in a step, as many as a tree of guesses has.
+    """
+
+    what: tyro.conf.Positional[What]
+    model: str
+    topology: str
+    mesh: str = "fsdp=-1"
+    batch: int = 8
+    seq: int = 2048
+    micro_batches: int = 1
+    remat: Literal["none", "dots", "full"] = "none"
+    adapters: Literal["none", "lora"] = "none"
+    objective: str = "dpo"
+    bits: int = 16
+    nodes: int = 1
+
+
+def plan(
+    request: Annotated[Request, tyro.conf.arg(name="")],
+    *,
+    search: bool = False,
+    tries: int = 8,
+    fresh: bool = False,
+    json: bool = False,
+) -> int:
+    """Compile a step for TPUs that are not here, from shapes alone: does it fit, and what bounds its time?
+
+    Needs the TPU's compiler (pip install "jaxaroo[aot]"), no TPU. A plan is remembered, and answers at once when it is
+    asked for again. Exit status 0 if the step fits, or another that is found does; 1 if none does.
+
+    Args:
+      request: the step, its model and its chips.
       search: try other meshes too, and rank them.
       tries: how many other settings to compile at most, by a search or for advice.
       fresh: compile again what is remembered.
@@ -86,27 +79,13 @@ def plan(
 
     jax.config.update("jax_platforms", "cpu")  # of what is here, nothing else is used
     logging.getLogger("jaxaroo.sharding.rules").setLevel(logging.ERROR)
-    asked = Request(
-        what=what,
-        model=model,
-        topology=topology,
-        mesh=mesh,
-        batch=batch,
-        seq=seq,
-        micro_batches=micro_batches,
-        remat=remat,
-        adapters=adapters,
-        objective=objective,
-        bits=bits,
-        nodes=nodes,
-    )
-    found = [(asked, answer(asked, fresh))]
+    found = [(request, answer(request, fresh))]
     if search:
-        found += _others(found[0], other_meshes(asked), tries, fresh)
+        found += _others(found[0], other_meshes(request), tries, fresh)
         found.sort(key=lambda pair: (not pair[1]["fits"], pair[1].get("seconds") or 0.0))
     elif not found[0][1]["fits"]:
-        for request, one in _others(found[0], smaller(asked), tries, fresh):
-            found.append((request, one))
+        for other, one in _others(found[0], smaller(request), tries, fresh):
+            found.append((other, one))
             if one["fits"]:
                 break
     if json:
@@ -139,10 +118,13 @@ def answer(request: Request, fresh: bool = False) -> dict[str, Any]:
         except ValueError:
             pass  # half a file of a process that was killed
     found = _compile(request, config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(found), encoding="utf-8")
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(found), encoding="utf-8")
+        os.replace(part, path)
+    except OSError as e:  # a full disk, a home that cannot be written: what was compiled is worth more
+        print(f"plan: not remembered: {e}", file=sys.stderr)
     return found | {"remembered": False}
 
 

@@ -19,6 +19,7 @@ from ..models.decoder import (
 )
 from ..models.multi_precision import QuantRules, init_scales, switch_bits, to_master
 from ..models.quantise import QuantConfig
+from ..sharding.mesh import batch_ways
 from ..sharding.plan import Plan, plan
 from ..sharding.rules import FSDP_TP, divisible
 
@@ -46,9 +47,9 @@ def plan_decoding(
     if bits != 16 and (bits not in WIDTHS or mesh.size > 1):
         found = f"bits={bits} on {mesh.size} devices"
         raise ValueError(f"plan decode: {found}; expected 16, or one of {WIDTHS} on one device.")
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways, words = batch_ways(mesh, RULES)
     if rows % ways:
-        raise ValueError(f"plan decode: {rows} rows on {ways} parts (data x fsdp); expected a multiple of {ways}.")
+        raise ValueError(f"plan decode: {rows} rows on the parts {words}; expected a multiple of {ways}.")
     cfg = dataclasses.replace(config, dtype="bfloat16")
     weights, cache = _weights(cfg, mesh, bits), _cache(cfg, mesh, rows, capacity)
     spec = divisible(RULES.spec("batch", None), (rows, nodes), mesh.shape, "tokens")

@@ -98,7 +98,7 @@ def local_rows(mesh: Mesh, rules: Rules, global_batch: int) -> slice:
     Processes whose devices hold the same rows (tensor or sequence parts of one replica) all read them. Raises
     ValueError when the batch does not divide, NotImplementedError when the rows are not contiguous.
     """
-    ways, words = _batch_ways(mesh, rules)
+    ways, words = batch_ways(mesh, rules)
     if global_batch % ways:
         raise ValueError(f"local_rows: a batch of {global_batch} rows over {words}; expected a multiple of {ways}.")
     sharding = NamedSharding(mesh, rules.spec("batch"))
@@ -120,7 +120,7 @@ def put_batch(mesh: Mesh, rules: Rules, batch: Any) -> Any:
     axis 1, `rules.seq` axis 2, all others are replicated; so is an axis 2 that does not divide, with a DEBUG line, for
     not every leaf has tokens there. Raises ValueError when a leaf has no axis 1, or when its rows do not divide.
     """
-    ways, words = _batch_ways(mesh, rules)
+    ways, words = batch_ways(mesh, rules)
     mine = local_rows(mesh, rules, ways)  # counted in parts of the batch
     held = mine.stop - mine.start
 
@@ -160,6 +160,13 @@ def gather(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: np.asarray(whole(leaf)), tree)
 
 
+def batch_ways(mesh: Mesh, rules: Rules) -> tuple[int, str]:
+    """Into how many parts the batch is split; the same in words: "data=2 x fsdp=4 = 8"."""
+    names = (rules.batch,) if isinstance(rules.batch, str) else rules.batch or ()
+    ways = math.prod(mesh.shape[name] for name in names)
+    return ways, f"{' x '.join(f'{name}={mesh.shape[name]}' for name in names) or 'no mesh axis'} = {ways}"
+
+
 # ----------------------------------------------------------------------------------------------------------- private
 def _sizes(cfg: MeshConfig, count: int) -> tuple[int, ...]:
     """The four sizes, with -1 filled in."""
@@ -175,13 +182,6 @@ def _sizes(cfg: MeshConfig, count: int) -> tuple[int, ...]:
         expected = f"{count}. {' or '.join(fits) or 'No single change'} would fit; -1 stands for what is left"
     found = " x ".join(f"{name}={size}" for name, size in asked.items())
     raise ValueError(f"make_mesh: {found} on {count} devices; the sizes multiply to {fixed}, expected {expected}.")
-
-
-def _batch_ways(mesh: Mesh, rules: Rules) -> tuple[int, str]:
-    """Into how many parts the batch is split; the same in words: "data=2 x fsdp=4 = 8"."""
-    names = (rules.batch,) if isinstance(rules.batch, str) else rules.batch or ()
-    ways = math.prod(mesh.shape[name] for name in names)
-    return ways, f"{' x '.join(f'{name}={mesh.shape[name]}' for name in names) or 'no mesh axis'} = {ways}"
 
 
 def _process_settings(found: dict[str, Any], env: Mapping[str, str]) -> dict[str, Any] | None:

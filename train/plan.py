@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ..models.decoder import DecoderConfig
 from ..models.tokenizer import byte_tokenizer
+from ..sharding.mesh import batch_ways
 from ..sharding.plan import Plan, plan
 from ..sharding.rules import divisible
 from .data.pipeline import Batch
@@ -57,13 +58,10 @@ def window_shapes(cfg: RunConfig, mesh: Mesh, more: tuple[str, ...] = ()) -> Bat
     """
     batch = cfg.batch
     shape = batch.micro_batches, batch.size // batch.micro_batches, batch.max_length
-    names = RULES.batch if isinstance(RULES.batch, tuple) else (RULES.batch,)
-    ways = 1
-    for name in names:
-        ways *= mesh.shape[str(name)]
+    ways, words = batch_ways(mesh, RULES)
     if shape[1] % ways:
         raise ValueError(
-            f"plan: {shape[1]} rows of a micro-batch on {ways} parts (data x fsdp); expected a multiple of {ways}. "
+            f"plan: {shape[1]} rows of a micro-batch on the parts {words}; expected a multiple of {ways}. "
             f"Make the batch a multiple of {ways * batch.micro_batches}, or give tensor or sequence more devices."
         )
     spec = divisible(RULES.spec(None, "batch", "seq"), shape, mesh.shape, "window")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import get_args
 
 import pytest
 
@@ -80,6 +81,21 @@ def test_the_compiler_says_what_does_not_fit_and_searched_meshes_are_ranked(run,
     assert [float(row[2]) for row in rows] == sorted(float(row[2]) for row in rows)
 
 
+def test_all_kinds_that_can_be_planned_can_be_asked_for():
+    from jaxaroo.train.plan import KINDS
+
+    assert {*get_args(module.What)} == {*KINDS, "decode"}
+
+
+def test_a_plan_that_cannot_be_remembered_is_told_all_the_same(run, libtpu, monkeypatch, tmp_path):
+    (tmp_path / "jaxaroo").write_text("a file where the folder should be")
+    monkeypatch.setattr(module, "_compile", pretended)
+    status, out, err = run("plan", "sft", "--model", "preset:tiny", "--topology", "v5e:2x2", "--tries", 0)
+    assert status == 1
+    assert "DOES NOT FIT" in out
+    assert "plan: not remembered: " in err
+
+
 @pytest.mark.errors
 @pytest.mark.parametrize(
     ("wrong", "said"),
@@ -89,7 +105,7 @@ def test_the_compiler_says_what_does_not_fit_and_searched_meshes_are_ranked(run,
         (("--topology", "v3:2x2"), "topology 'v3:2x2'; expected one such as v5e:4x4"),
         (("--topology", "v5e:3x5"), "devices_of: 'v5e:3x5' is not known to the compiler"),
         (("--mesh", "fsdp=3"), "the sizes multiply to 3, expected 4"),
-        (("--batch", 6), "6 rows of a micro-batch on 4 parts"),
+        (("--batch", 6), "6 rows of a micro-batch on the parts data=1 x fsdp=4 = 4"),
         (("--model", "preset:tiney"), "Did you mean 'tiny'"),
     ],
 )

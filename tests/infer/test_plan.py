@@ -49,5 +49,5 @@ def test_widths_and_rows_that_are_not_served_are_refused():
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     with pytest.raises(ValueError, match="bits=4 on 8 devices; expected 16, or one of"):
         plan_decoding(SMALL, mesh, "v5e", rows=4, capacity=64, bits=4)
-    with pytest.raises(ValueError, match="3 rows on 4 parts"):
+    with pytest.raises(ValueError, match="3 rows on the parts data=1 x fsdp=4 = 4"):
         plan_decoding(SMALL, mesh, "v5e", rows=3, capacity=64)

@@ -63,5 +63,8 @@ def test_every_kind_of_training_that_needs_no_folder_is_there():
 @pytest.mark.errors
 def test_rows_that_the_mesh_does_not_divide_are_refused():
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
-    with pytest.raises(ValueError, match=r"plan: 6 rows of a micro-batch on 4 parts .*Make the batch a multiple of 8"):
+    with pytest.raises(
+        ValueError,
+        match=r"plan: 6 rows of a micro-batch on the parts data=1 x fsdp=4 = 4; .*Make the batch a multiple of 8",
+    ):
         window_shapes(run_config(12, 128, micro_batches=2), mesh)
