@@ -17,7 +17,7 @@ def run(
 
     A kernel is not cut up by the compiler, so `auto` leaves a mesh of several devices to XLA; within `shard_map`, where
     arrays are those of one device, it does not. Both forms are traced, and one is lowered: hand in a kernel that is
-    jitted once, or every layer pays for tracing it.
+    jitted once, or every layer pays for tracing it. Forward derivatives are those of XLA's form.
 
     Args:
       where: the operation, for errors.
@@ -40,4 +40,10 @@ def run(
     alone = mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual
     if impl == "xla" or why_not or not alone:
         return plain(*given)
-    return jax.lax.platform_dependent(*given, tpu=lambda *arrays: kernel(*arrays, False), default=plain)
+
+    @jax.custom_jvp  # kernels have no derivative of their own, and must not be asked for one where they are not lowered
+    def chosen(*given):
+        return jax.lax.platform_dependent(*given, tpu=lambda *arrays: kernel(*arrays, False), default=plain)
+
+    chosen.defjvp(lambda given, dots: jax.jvp(plain, given, dots))
+    return chosen(*given)

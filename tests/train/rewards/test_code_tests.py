@@ -162,7 +162,7 @@ def test_an_endless_loop_ends_and_so_does_a_long_sleep():
 
 def test_memory_and_files_have_an_end():
     assert run_test("x = bytearray(2**20)", "", LIMITS).passed
-    hog = run_test("x = [bytearray(2**24) for _ in range(1000)]", "", LIMITS)
+    hog = run_test("x = [bytearray(2**24) for _ in range(1000)]", "", CodeLimits(cpu_seconds=20, wall_seconds=60.0))
     assert not hog.passed
     assert "MemoryError" in hog.output
     assert passes("x = bytearray(2**27)", limits=CodeLimits(memory_bytes=2**29))
