@@ -7,8 +7,8 @@ is what the published rates allow, by bytes or by FLOPs, and no measurement. The
 step takes beside its inputs and gradients, by kernels, by XLA's loops and with all logits at once. Then whole decode
 steps of that model at several widths: what a chip holds. Needs libtpu (extra `aot`).
 
-Timed, on any device: top-k and top-p by sorting and by halving. Where the device is no CPU, kernel and XLA's own
-version are first compared, and then timed by turns in one process, each 8 times in one program.
+Timed: top-k and top-p by sorting and by halving. On a GPU nothing is compiled for others; what is measured there
+`kernel_times.py` says.
 
     python -m benchmarks.kernels
     python -m benchmarks.kernels --steps 16 4              (widths of whole decode steps; none by default)
@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import record
+from benchmarks import kernel_times, record
 from jaxaroo.jaxlib_ext import token_kl, token_stats
 from jaxaroo.jaxlib_ext.expert_pair import Expert, expert_pair
 from jaxaroo.jaxlib_ext.qmm import pack, qmm
@@ -108,22 +108,23 @@ def main() -> None:
     args.add_argument("--steps", nargs="*", type=int, default=[], help="widths of whole decode steps to compile")
     args.add_argument("--runs", type=int, default=20)
     opts = args.parse_args()
-    devices_of(CHIPS[opts.chips[0]].topology)  # says at once if there is no compiler
     result: dict[str, Any] = {"benchmark": "kernels", "environment": record.environment()}
+    if jax.default_backend() == "gpu":
+        record.save("kernels-gpu", result | kernel_times.main(opts.runs))
+        return
+    devices_of(CHIPS[opts.chips[0]].topology)  # says at once if there is no compiler
     result["cuts"] = {f"{B} x {V}": cuts(B, V, opts.runs) for B in (1, 8) for V in (32_000, 128_256)}
     result["compiled"] = {case.name: compiled(case, opts.chips) for case in cases()}
     result["losses"] = {name: loss_on_logits(name, opts.chips) for name in ("token_stats", "token_kl")}
     result["decode_steps"] = {
         chip: {bits: decode_step(chip, bits) for bits in opts.steps} for chip in opts.chips if opts.steps
     }
-    if jax.default_backend() != "cpu":
-        result["timed"] = {case.name: timed(case, opts.runs) for case in cases()}
-    record.save("kernels" if jax.default_backend() == "cpu" else f"kernels-{jax.default_backend()}", result)
+    record.save("kernels", result)
 
 
 def compiled(case: Case, chips: list[str]) -> dict[str, Any]:
     """One kernel, for every chip."""
-    [traffic] = kernel_traffic(functools.partial(case.run, impl="pallas"), *case.args, scalars=case.scalars)
+    [traffic] = kernel_traffic(functools.partial(case.run, impl="tpu"), *case.args, scalars=case.scalars)
     found: dict[str, Any] = {"least": case.least, "moved": traffic.moved, "held": traffic.held, "chips": {}}
     found["share"] = traffic.moved / case.least
     for name in chips:
@@ -161,7 +162,7 @@ def loss_on_logits(name: str, chips: list[str], N: int = 8192, V: int = 128_256,
     sizes = {"sweep": 1024, "dhidden": 512, "dhead": 256}  # rows of a tile of tokens; all of them are in use
     found: dict[str, Any] = {"tokens": N, "vocabulary": V, "width": D, "kernels": {}, "chips": {}}
     for kernel, rows in sizes.items():
-        traffic = kernel_traffic(step("pallas"), *given, scalars=[np.int32([N // rows])])
+        traffic = kernel_traffic(step("tpu"), *given, scalars=[np.int32([N // rows])])
         [one] = [t for t in traffic if t.name == kernel]
         found["kernels"][kernel] = {"moved": one.moved, "held": one.held}
     products = {"token_stats": (5, 4, 3), "token_kl": (8, 6, 4)}[name]  # of N D V: kernels, loops, all at once
@@ -212,58 +213,6 @@ def decode_step(chip: str, bits: int, batch: int = 1, capacity: int = 8192) -> d
     found |= {"kernels": kernels, "seconds_to_compile": time.perf_counter() - start}
     print(f"decode step, {bits} bits on {chip}: {found}", flush=True)
     return found
-
-
-def timed(case: Case, runs: int, times: int = 8) -> dict[str, Any]:
-    """Kernel and XLA, a program that does it several times each, so that starting it weighs little."""
-    key = jax.random.key(0)
-    draw = lambda x: (
-        jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype)
-        if jnp.issubdtype(x.dtype, jnp.floating)
-        else jnp.ones(x.shape, bool)
-        if x.dtype == bool
-        else jax.random.randint(key, x.shape, 0, 100).astype(x.dtype)
-    )
-    given = jax.tree.map(draw, case.args)
-
-    def program(impl: str):
-        def many(first, *rest):
-            def body(_, x):
-                result = jax.tree.leaves(case.run(x, *rest, impl=impl))
-                return x + 0 * result[0].sum().astype(x.dtype)
-
-            return jax.lax.fori_loop(0, times, body, first)
-
-        return jax.jit(many)
-
-    error = disagreement(case, given)
-    sides = {"xla": program("xla"), "auto": program("auto")}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(runs + 1):
-        for name, f in sides.items():
-            start = time.perf_counter()
-            jax.block_until_ready(f(*given))
-            if turn:  # the first compiles
-                seconds[name].append((time.perf_counter() - start) / times)
-    print(case.name, {name: min(s) for name, s in seconds.items()}, flush=True)
-    found: dict[str, Any] = {name: record.spread(s) for name, s in seconds.items()}
-    return found | {"error": error, "least": case.least, "flops": case.flops}
-
-
-def disagreement(case: Case, given: Any) -> float:
-    """What is chosen here beside XLA's version: the norm of the difference, of that of the result.
-
-    Raises:
-      ArithmeticError: if it is more than rounding to bfloat16 explains.
-    """
-    sides = [jax.tree.leaves(jax.jit(functools.partial(case.run, impl=name))(*given)) for name in ("xla", "auto")]
-    norm = lambda leaves: math.sqrt(sum(float(jnp.sum(x.astype(jnp.float32) ** 2)) for x in leaves))
-    error = norm([a.astype(jnp.float32) - b.astype(jnp.float32) for a, b in zip(*sides, strict=True)]) / norm(sides[0])
-    if not error < 0.02:
-        raise ArithmeticError(
-            f"{case.name}: kernel and XLA differ by {error:.3g} of the result; expected rounding alone."
-        )
-    return error
 
 
 def cuts(B: int, V: int, runs: int) -> dict[str, Any]:

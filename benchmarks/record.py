@@ -57,6 +57,9 @@ def _versions(*names: str) -> dict[str, str]:
 
 
 def _commit() -> str:
+    """Of this checkout; JAXAROO_COMMIT names that of a copy without its history."""
+    if named := os.environ.get("JAXAROO_COMMIT"):
+        return named
     run = lambda *a: subprocess.run(a, cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
     dirty = run("git", "status", "--porcelain", "--", ":(top,exclude)benchmarks/results")
     return run("git", "rev-parse", "--short", "HEAD") + ("-dirty" if dirty else "")

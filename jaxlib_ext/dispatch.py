@@ -1,49 +1,73 @@
-"""Which form of an operation runs: its kernel where a program is lowered for a TPU, XLA's version everywhere else."""
+"""Which form of an operation runs: chosen where a program is lowered, by what it is lowered for."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
-Impl = Literal["auto", "xla", "pallas", "interpret"]
-IMPLS = ("auto", "xla", "pallas", "interpret")
+Impl = Literal["auto", "xla", "tpu", "gpu", "interpret-tpu", "interpret-gpu"]
+IMPLS = ("auto", "xla", "tpu", "gpu", "interpret-tpu", "interpret-gpu")
 
 
-def run(
-    where: str, impl: Impl, why_not: str, kernel: Callable[..., Any], plain: Callable[..., Any], *given: Any
-) -> Any:
+class Kernel(NamedTuple):
+    """The form that a kind of device has of its own."""
+
+    call: Callable[..., Any]  # takes the arrays, and what `pallas_call` takes as `interpret`
+    why_not: str = ""  # it does not serve these shapes; empty if it does
+    slower: bool = False  # than XLA's form at these shapes, or not measured
+
+
+NONE = Kernel(lambda *_: None, "It has no form for GPUs.")
+
+
+def run(where: str, impl: Impl, plain: Callable[..., Any], *given: Any, tpu: Kernel, gpu: Kernel = NONE) -> Any:
     """Apply an operation to arrays.
 
     A kernel is not cut up by the compiler, so `auto` leaves a mesh of several devices to XLA; within `shard_map`, where
-    arrays are those of one device, it does not. Both forms are traced, and one is lowered: hand in a kernel that is
-    jitted once, or every layer pays for tracing it. Forward derivatives are those of XLA's form.
+    arrays are those of one device, it does not. GPUs of other generations than Hopper, on which all of it was measured,
+    have XLA's form: tiles that fit one may not fit another. Forms are traced, and one is lowered: hand in kernels that
+    are jitted once, or every layer pays for tracing them. Forward derivatives are those of XLA's form.
 
     Args:
       where: the operation, for errors.
-      impl: auto chooses; xla and pallas are obeyed; interpret is the kernel run step by step on any device, with races
-        looked for and NaN in memory that nobody has written.
-      why_not: the kernel does not serve these shapes; empty if it does.
-      kernel: takes the arrays, and what `pallas_call` takes as `interpret`.
+      impl: auto chooses; xla, tpu and gpu are obeyed; interpret-tpu is the kernel run step by step on any device, with
+        races looked for and NaN in memory that nobody has written; interpret-gpu that of GPUs, without Triton.
       plain: takes the arrays.
       given: the arrays.
+      tpu: the kernel of TPUs.
+      gpu: that of GPUs.
 
     Raises:
       ValueError: for another name, or a kernel that is asked for by name and does not serve.
     """
-    if impl not in IMPLS or (impl in ("pallas", "interpret") and why_not):
-        raise ValueError(f"{where}: impl={impl!r}; expected one of {', '.join(IMPLS)}. {why_not}".rstrip())
-    if impl in ("pallas", "interpret"):
+    named = gpu if impl.endswith("gpu") else tpu
+    if impl not in IMPLS or (impl not in ("auto", "xla") and named.why_not):
+        raise ValueError(f"{where}: impl={impl!r}; expected one of {', '.join(IMPLS)}. {named.why_not}".rstrip())
+    if impl == "interpret-tpu":
         races: Any = dict(detect_races=True, uninitialized_memory="nan")
-        return kernel(*given, pltpu.InterpretParams(**races) if impl == "interpret" else False)
+        return tpu.call(*given, pltpu.InterpretParams(**races))
+    if impl not in ("auto", "xla"):
+        return named.call(*given, impl == "interpret-gpu")
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual
-    if impl == "xla" or why_not or not alone:
+    own = {} if tpu.why_not else {"tpu": tpu}
+    if not gpu.why_not and not gpu.slower and _on_hopper():
+        own["cuda"] = gpu
+    if impl == "xla" or not own or not alone:
         return plain(*given)
+    forms = {name: lambda *arrays, call=kernel.call: call(*arrays, False) for name, kernel in own.items()}
 
     @jax.custom_jvp  # kernels have no derivative of their own, and must not be asked for one where they are not lowered
     def chosen(*given):
-        return jax.lax.platform_dependent(*given, tpu=lambda *arrays: kernel(*arrays, False), default=plain)
+        return jax.lax.platform_dependent(*given, **forms, default=plain)
 
     chosen.defjvp(lambda given, dots: jax.jvp(plain, given, dots))
     return chosen(*given)
+
+
+def _on_hopper() -> bool:
+    """Whether this process has a GPU of compute capability 9."""
+    if jax.default_backend() != "gpu":
+        return False
+    return str(getattr(jax.local_devices()[0], "compute_capability", "")).startswith("9.")

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from .dispatch import Impl, run
+from .dispatch import Impl, Kernel, run
 
 MOST_ROWS = 64  # drafting and trees; training is left to XLA
 
@@ -151,4 +151,4 @@ def expert_pair(
         found = f"a {a.shape}, u {u.shape}, router {router.shape}, experts {shapes}"
         raise ValueError(f"expert_pair: {found}; expected [R, D] twice, [4, D], ([F, D], [F, D], [D, F]) twice.")
     why_not = f"{R} rows; it is made for up to {MOST_ROWS}." if R > MOST_ROWS else ""
-    return run("expert_pair", impl, why_not, _once, reference, a, u, router, experts)
+    return run("expert_pair", impl, reference, a, u, router, experts, tpu=Kernel(_once, why_not))

@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from .dispatch import Impl, run
+from .dispatch import Impl, Kernel, run
 
 MOST_ROWS = 1 << 24  # of a vocabulary: tokens are compared as float32
 _BUDGET = 50 << 20  # bytes of fast memory that blocks of a kernel may take
@@ -84,8 +84,9 @@ def sweep(
     Returns:
       The sums; those of tokens behind the chosen ones mean nothing.
     """
-    plain, kernel = functools.partial(_sweep_loops, rule, o), functools.partial(_sweep_once, rule, o)
-    return run("sweep over logits", impl, _why_not(streams), _last(kernel), plain, streams, own, number)
+    loops, kernel = functools.partial(_sweep_loops, rule), functools.partial(_sweep_once, rule, o)
+    tpu, gpu = Kernel(_last(kernel), _why_not(streams)), _loops_of_gpu(loops, o)
+    return run("sweep over logits", impl, functools.partial(loops, o), streams, own, number, tpu=tpu, gpu=gpu)
 
 
 def gradients(
@@ -109,9 +110,10 @@ def gradients(
       impl: as `dispatch.run` takes it.
     """
     hidden, head = streams[0]
-    plain, kernel = functools.partial(_gradient_loops, rule, o), functools.partial(_gradients_once, rule, o)
-    given = (streams, own, number)
-    dhidden, dhead = run("gradients of logits", impl, _why_not(streams), _last(kernel), plain, *given)
+    loops, kernel = functools.partial(_gradient_loops, rule), functools.partial(_gradients_once, rule, o)
+    tpu, gpu = Kernel(_last(kernel), _why_not(streams)), _loops_of_gpu(loops, o)
+    where, plain = "gradients of logits", functools.partial(loops, o)
+    dhidden, dhead = run(where, impl, plain, streams, own, number, tpu=tpu, gpu=gpu)
     if layout is not None and layout.vocab is not None:
         dhidden = jax.lax.psum(dhidden, layout.vocab)
     if layout is not None and (axes := _names(layout.tokens)):
@@ -439,6 +441,12 @@ _gradients_once = jax.jit(_gradient_launch, static_argnums=(0, 1, 2))
 def _last(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """`dispatch.run` hands in how to interpret behind the arrays."""
     return lambda *given: kernel(given[-1], *given[:-1])
+
+
+def _loops_of_gpu(loops: Callable[..., Any], o: LogitTiles) -> Kernel:
+    """XLA's loops with larger tiles: a GPU keeps none in fast memory, and wants long products instead."""
+    o = o._replace(token_tile=max(o.token_tile, 2048), vocab_tile=max(o.vocab_tile, 16384))
+    return Kernel(lambda *given: loops(o, *given[:-1]))
 
 
 def _used(number: Any, N: int, c_t: int) -> Any:

@@ -29,7 +29,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int8, Int32
 
-from .dispatch import Impl, run
+from . import qmm_gpu
+from .dispatch import Impl, Kernel, run
 
 BLOCK = 128  # inputs
 MOST_ROWS = 64  # of x that the kernel serves: decoding and trees; prompts are left to XLA
@@ -279,17 +280,22 @@ def _served(x: Array, o: _Static, M: int) -> str:
     return ""
 
 
-# 4. Operation: the kernel on a TPU, the reference elsewhere; backward always the reference's.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _op(x, planes, scale, bits, o: _Static, interpret: Any):
-    return _launch(x, planes, scale, bits, o, interpret)
+def _launch_gpu(x, planes, scale, bits, o: _Static, interpret: bool = False):
+    switch = None if o.master is None else lambda codes, bits: _switched(codes, o.master, bits)
+    return qmm_gpu.launch(x, planes, scale, bits, o.widths, switch, interpret=interpret)
 
 
-def _forward(x, planes, scale, bits, o: _Static, interpret: Any):
-    return _op(x, planes, scale, bits, o, interpret), (x, planes, scale, bits)
+# 4. Operation: a kernel where there is one, the reference elsewhere; backward always the reference's.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _op(x, planes, scale, bits, o: _Static, launch: Any, interpret: Any):
+    return launch(x, planes, scale, bits, o, interpret)
 
 
-def _backward(o: _Static, interpret: Any, saved: Any, dy: Any):
+def _forward(x, planes, scale, bits, o: _Static, launch: Any, interpret: Any):
+    return _op(x, planes, scale, bits, o, launch, interpret), (x, planes, scale, bits)
+
+
+def _backward(o: _Static, launch: Any, interpret: Any, saved: Any, dy: Any):
     x, planes, scale, bits = saved
     _, back = jax.vjp(lambda x, scale: _plain(x, planes, scale, bits, o), x, scale)
     dx, dscale = back(dy)
@@ -297,11 +303,11 @@ def _backward(o: _Static, interpret: Any, saved: Any, dy: Any):
 
 
 _op.defvjp(_forward, _backward)
-_once = jax.jit(_op, static_argnums=(4, 5))  # traced once for all layers, also where it is not lowered
+_once = jax.jit(_op, static_argnums=(4, 5, 6))  # traced once for all layers, also where it is not lowered
 
 
-def _by_kernel(o: _Static, x, planes, scale, bits, interpret: Any):
-    return _once(x, planes, scale, bits, o, interpret)
+def _by_kernel(o: _Static, launch: Any, x, planes, scale, bits, interpret: Any):
+    return _once(x, planes, scale, bits, o, launch, interpret)
 
 
 def _plain(x, planes, scale, bits, o: _Static):
@@ -342,14 +348,17 @@ def qmm(
       master: the width of the master.
       act: "int8" quantises x too, for each token.
       dtype: of the result; None is that of x.
-      impl: as `dispatch.run` takes it. The kernel serves up to 64 rows, and groups that are blocks of 128 inputs.
+      impl: as `dispatch.run` takes it. Kernels serve up to 64 rows, and groups that are blocks of 128 inputs; that of
+        GPUs takes bfloat16.
     """
     planes, o = _described(x, w, scale, bits, master, act)
     rows, at = x.reshape(-1, x.shape[-1]), jnp.asarray(bits, jnp.int32)
     factor = scale_at(scale.astype(jnp.float32), master, bits)
-    why_not = _served(rows, o, scale.shape[1])
-    kernel, plain = functools.partial(_by_kernel, o), functools.partial(_plain, o=o)
-    y = run("qmm", impl, why_not, kernel, plain, rows, planes, factor, at)
+    why_not, plain = _served(rows, o, scale.shape[1]), functools.partial(_plain, o=o)
+    tpu = Kernel(functools.partial(_by_kernel, o, _launch), why_not)
+    why_not = why_not or qmm_gpu.why_not(rows, factor, o.widths)
+    gpu = Kernel(functools.partial(_by_kernel, o, _launch_gpu), why_not)
+    y = run("qmm", impl, plain, rows, planes, factor, at, tpu=tpu, gpu=gpu)
     return y.reshape(*x.shape[:-1], y.shape[1]).astype(dtype or x.dtype)
 
 

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from .dispatch import Impl, run
+from .dispatch import Impl, Kernel, run
 
 
 # 1. Reference: by sorting.
@@ -110,4 +110,5 @@ def cut(
         raise ValueError(f"cut: z {z.dtype}{z.shape}, k {k.shape}, p {p.shape}; expected float32 [B, V], [B], [B].")
     if impl == "sort":
         return reference(z, k, p)
-    return run("cut", impl, "", _once, lambda z, k, p: _by_halving(z, k[:, None], p[:, None])[:, 0], z, k, p)
+    plain = lambda z, k, p: _by_halving(z, k[:, None], p[:, None])[:, 0]
+    return run("cut", impl, plain, z, k, p, tpu=Kernel(_once))

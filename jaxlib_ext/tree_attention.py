@@ -23,7 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, BFloat16, Bool, Float, Int32, UInt8
 
-from .dispatch import Impl, run
+from . import tree_attention_gpu
+from .dispatch import Impl, Kernel, run
 
 MOST_NODES = 64  # of a tree; prompts are left to XLA
 _HIDDEN = -1e30
@@ -231,17 +232,26 @@ def _pack(mask: Bool[Array, "B T S"]) -> Int32[Array, "B words S"]:
     return jnp.sum(bits, axis=2, dtype=jnp.int32)
 
 
-# 4. Operation: the kernel on a TPU, the reference elsewhere; backward always the reference's.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _op(q, k, v, mask, o: _Static, interpret: Any):
-    return _launch(q, k, v, mask, o, interpret)
+def _launch_gpu(q, k, v, mask, o: _Static, interpret: bool = False):
+    S, seen = mask.shape[2], jnp.any(mask, axis=1)
+    row = jnp.arange(S, dtype=jnp.int32)[None]
+    bounds = jnp.min(jnp.where(seen, row, S), axis=1), jnp.max(jnp.where(seen, row + 1, 0), axis=1)
+    leaves = lambda rows: (rows,) if o.bits is None else (rows.codes, rows.scale, rows.zero)
+    given = q, leaves(k), leaves(v), _pack(mask), jnp.stack(bounds, axis=1)
+    return tree_attention_gpu.launch(*given, o.cap, o.bits, interpret=interpret)
 
 
-def _forward(q, k, v, mask, o: _Static, interpret: Any):
-    return _op(q, k, v, mask, o, interpret), (q, k, v, mask)
+# 4. Operation: a kernel where there is one, the reference elsewhere; backward always the reference's.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _op(q, k, v, mask, o: _Static, launch: Any, interpret: Any):
+    return launch(q, k, v, mask, o, interpret)
 
 
-def _backward(o: _Static, interpret: Any, saved: Any, dy: Any):
+def _forward(q, k, v, mask, o: _Static, launch: Any, interpret: Any):
+    return _op(q, k, v, mask, o, launch, interpret), (q, k, v, mask)
+
+
+def _backward(o: _Static, launch: Any, interpret: Any, saved: Any, dy: Any):
     q, k, v, mask = saved
     if o.bits is not None:
         return jax.vjp(lambda q: _plain(q, k, v, mask, o), q)[1](dy)[0], None, None, None
@@ -249,11 +259,11 @@ def _backward(o: _Static, interpret: Any, saved: Any, dy: Any):
 
 
 _op.defvjp(_forward, _backward)
-_once = jax.jit(_op, static_argnums=(4, 5))  # traced once for all layers, also where it is not lowered
+_once = jax.jit(_op, static_argnums=(4, 5, 6))  # traced once for all layers, also where it is not lowered
 
 
-def _by_kernel(o: _Static, q, k, v, mask, interpret: Any):
-    return _once(q, k, v, mask, o, interpret)
+def _by_kernel(o: _Static, launch: Any, q, k, v, mask, interpret: Any):
+    return _once(q, k, v, mask, o, launch, interpret)
 
 
 def _plain(q, k, v, mask, o: _Static):
@@ -280,8 +290,8 @@ def tree_attention(
       v: likewise, kept in the same way.
       mask: which rows each query sees. What a query that sees none gets is finite, and nothing else is promised.
       softcap: scores become `softcap * tanh(score / softcap)`.
-      parts: into how many parts the kernel cuts the cache: as many as the chip has cores, at batch 1.
-      impl: as `dispatch.run` takes it. The kernel serves up to 64 nodes.
+      parts: into how many parts the kernel of TPUs cuts the cache: as many as the chip has cores, at batch 1.
+      impl: as `dispatch.run` takes it. Kernels serve up to 64 nodes.
     """
     codes = getattr(k, "codes", None)
     (B, T, N, H), rows = q.shape, (k if codes is None else codes).shape  # type: ignore[union-attr]
@@ -297,5 +307,7 @@ def tree_attention(
     block = max(128, (1 << 20) // (math.prod(rows[2:]) * width) // 128 * 128)
     o = _Static(softcap, min(block, 512, rows[1] + -rows[1] % 128), parts, bits)
     why_not = f"{T} nodes; it is made for up to {MOST_NODES}." if T > MOST_NODES else ""
-    kernel, plain = functools.partial(_by_kernel, o), functools.partial(_plain, o=o)
-    return run("tree_attention", impl, why_not, kernel, plain, q, k, v, mask)
+    tpu = Kernel(functools.partial(_by_kernel, o, _launch), why_not)
+    gpu_why_not, measured = why_not or tree_attention_gpu.why_not(q, bits), q.dtype == jnp.bfloat16
+    gpu = Kernel(functools.partial(_by_kernel, o, _launch_gpu), gpu_why_not, slower=not measured)
+    return run("tree_attention", impl, functools.partial(_plain, o=o), q, k, v, mask, tpu=tpu, gpu=gpu)

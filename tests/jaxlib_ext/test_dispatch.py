@@ -6,43 +6,87 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxaroo.jaxlib_ext.dispatch import IMPLS, run
+from jaxaroo.jaxlib_ext import dispatch
+from jaxaroo.jaxlib_ext.dispatch import IMPLS, Kernel, run
 
-KERNEL, PLAIN = (lambda x, interpret: jnp.sin(x)), jnp.cos
+TPU, GPU, PLAIN = Kernel(lambda x, interpret: jnp.sin(x)), Kernel(lambda x, interpret: jnp.tan(x)), jnp.cos
+FORMS = {"stablehlo.sine": "tpu", "stablehlo.tan ": "gpu", "stablehlo.cosine": "plain"}
 
 
-def lowered(platform, impl="auto", why_not=""):
-    f = lambda x: run("test", impl, why_not, KERNEL, PLAIN, x)
+def form(f, platform):
     text = str(jax.export.export(jax.jit(f), platforms=[platform])(jnp.zeros(8)).mlir_module())
-    assert ("stablehlo.sine" in text) != ("stablehlo.cosine" in text)
-    return "kernel" if "stablehlo.sine" in text else "plain"
+    [found] = [name for op, name in FORMS.items() if op in text]
+    return found
 
 
-def test_auto_is_the_kernel_on_one_tpu_if_it_serves():
-    assert [lowered(p) for p in ("tpu", "cuda", "cpu")] == ["kernel", "plain", "plain"]
-    assert lowered("tpu", why_not="too large") == "plain"
-    for devices, want in ((1, "kernel"), (8, "plain")):
+def lowered(platform, impl="auto", **forms):
+    return form(lambda x: run("test", impl, PLAIN, x, **{"tpu": TPU, "gpu": GPU} | forms), platform)
+
+
+def test_auto_is_the_kernel_on_one_device_of_a_kind_that_has_one_if_it_serves(monkeypatch):
+    assert [lowered(p) for p in ("tpu", "cuda", "cpu")] == ["tpu", "plain", "plain"]  # no Hopper here
+    monkeypatch.setattr(dispatch, "_on_hopper", lambda: True)
+    assert [lowered(p) for p in ("tpu", "cuda", "cpu")] == ["tpu", "gpu", "plain"]
+    too_large, slower = TPU._replace(why_not="too large"), GPU._replace(slower=True)
+    assert [lowered(p, tpu=too_large, gpu=slower) for p in ("tpu", "cuda", "cpu")] == ["plain"] * 3
+    assert [lowered(p, tpu=too_large) for p in ("tpu", "cuda", "cpu")] == ["plain", "gpu", "plain"]
+    for devices, want in ((1, ["tpu", "gpu"]), (8, ["plain", "plain"])):
         auto = (jax.sharding.AxisType.Auto,)
         with jax.set_mesh(jax.make_mesh((devices,), ("data",), axis_types=auto, devices=jax.devices()[:devices])):
-            f = jax.jit(lambda x: run("test", "auto", "", KERNEL, PLAIN, x))
-            text = str(jax.export.export(f, platforms=["tpu"])(jnp.zeros(8)).mlir_module())
-            assert ("stablehlo.sine" in text) == (want == "kernel")
+            f = jax.jit(lambda x: run("test", "auto", PLAIN, x, tpu=TPU, gpu=GPU))
+            assert [form(f, p) for p in ("tpu", "cuda")] == want
             part = jax.shard_map(f, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"), check_vma=False)
-            text = str(jax.export.export(jax.jit(part), platforms=["tpu"])(jnp.zeros(8)).mlir_module())
-            assert "stablehlo.sine" in text  # arrays are those of one device
+            assert [form(part, p) for p in ("tpu", "cuda")] == ["tpu", "gpu"]  # arrays are those of one device
+
+
+def test_only_a_gpu_that_was_measured_has_its_form(monkeypatch):
+    class Device:
+        def __init__(self, capability):
+            self.compute_capability = capability
+
+    for backend, capability, want in (
+        ("gpu", "9.0", True),
+        ("gpu", "8.0", False),
+        ("gpu", "12.0", False),
+        ("cpu", "9.0", False),
+    ):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        monkeypatch.setattr(jax, "local_devices", lambda capability=capability: [Device(capability)])
+        assert dispatch._on_hopper() == want
 
 
 def test_names_are_obeyed_or_refused_with_the_reason():
-    assert [lowered("cpu", impl) for impl in IMPLS] == ["plain", "plain", "kernel", "kernel"]
+    want = {"auto": "plain", "xla": "plain", "tpu": "tpu", "gpu": "gpu", "interpret-tpu": "tpu", "interpret-gpu": "gpu"}
+    assert {impl: lowered("cpu", impl) for impl in IMPLS} == want
     seen = []
-    kernel = lambda x, interpret: seen.append(interpret) or x
-    run("test", "interpret", "", kernel, PLAIN, jnp.zeros(1))
-    run("test", "pallas", "", kernel, PLAIN, jnp.zeros(1))
+    kernel = Kernel(lambda x, interpret: seen.append(interpret) or x)
+    for impl in ("interpret-tpu", "tpu", "interpret-gpu", "gpu"):
+        run("test", impl, PLAIN, jnp.zeros(1), tpu=kernel, gpu=kernel)
     assert seen[0].detect_races
-    assert seen[1] is False
-    for impl in ("pallas", "interpret"):
+    assert seen[1:] == [False, True, False]
+    for impl in ("tpu", "interpret-tpu"):
         with pytest.raises(ValueError, match=f"test: impl='{impl}'; expected one of auto, .*. too large"):
-            run("test", impl, "too large", KERNEL, PLAIN, jnp.zeros(1))
+            run("test", impl, PLAIN, jnp.zeros(1), tpu=TPU._replace(why_not="too large"), gpu=GPU)
+    for impl in ("gpu", "interpret-gpu"):
+        with pytest.raises(ValueError, match=f"test: impl='{impl}'; .* It has no form for GPUs"):
+            run("test", impl, PLAIN, jnp.zeros(1), tpu=TPU)
     with pytest.raises(ValueError, match="test: impl='fast'; expected one of"):
-        run("test", "fast", "", KERNEL, PLAIN, jnp.zeros(1))
-    np.testing.assert_allclose(run("test", "xla", "too large", KERNEL, PLAIN, jnp.zeros(1)), [1.0])
+        run("test", "fast", PLAIN, jnp.zeros(1), tpu=TPU)
+    np.testing.assert_allclose(run("test", "xla", PLAIN, jnp.zeros(1), tpu=TPU._replace(why_not="too large")), [1.0])
+
+
+def test_forward_derivatives_are_those_of_the_plain_form():
+    """Those of a gradient too: a kernel has none, and must not be asked for one where it is not lowered."""
+
+    @jax.custom_jvp
+    def kernel(x):
+        return jnp.sin(x)
+
+    @kernel.defjvp
+    def _(given, dots):
+        raise NotImplementedError("a kernel was differentiated")
+
+    f = lambda x: run("test", "auto", PLAIN, x, tpu=Kernel(lambda x, interpret: kernel(x)))
+    x, dot = jnp.float32(0.3), jnp.float32(2.0)
+    np.testing.assert_allclose(jax.jvp(f, (x,), (dot,))[1], -2 * np.sin(0.3), rtol=1e-6)
+    np.testing.assert_allclose(jax.jacfwd(jax.grad(f))(x), -np.cos(0.3), rtol=1e-6)

@@ -11,7 +11,7 @@ from jaxaroo.jaxlib_ext.expert_pair import Expert, expert_pair
 from jaxaroo.sharding.topology import CHIPS, compile_for, kernel_traffic
 
 SHAPES = [(1, 16, 24), (5, 32, 200), (3, 2048, 300)]  # R, D, F; the last has tiles, of which one is ragged
-IMPLS = ("xla", "interpret")
+IMPLS = ("xla", "interpret-tpu")
 
 
 def case(R, D, F, dtype=jnp.float32):
@@ -58,7 +58,7 @@ def test_gradients_are_those_of_the_reference_and_none_goes_through_the_sign():
     weights = [jnp.asarray(np.random.default_rng(i).standard_normal((3, 32)), jnp.float32) for i in range(2)]
     loss = lambda *given, impl: sum(jnp.sum(m * w) for m, w in zip(mixed(*given, impl=impl), weights, strict=True))
     got, want = (
-        jax.grad(functools.partial(loss, impl=impl), argnums=(0, 1, 2, 3))(*given) for impl in ("interpret", "xla")
+        jax.grad(functools.partial(loss, impl=impl), argnums=(0, 1, 2, 3))(*given) for impl in ("interpret-tpu", "xla")
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
     assert all(float(jnp.abs(x).max()) > 1e-3 for x in jax.tree.leaves(got))
@@ -72,8 +72,8 @@ def test_shapes_and_names_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match=r"expected \[R, D\] twice"):
         expert_pair(a, u, router, (experts[0], experts[1]._replace(down=experts[1].up)))
     many = lambda x: jnp.tile(x, (22, 1))
-    with pytest.raises(ValueError, match=r"impl='pallas'; .* 66 rows; it is made for up to 64"):
-        expert_pair(many(a), many(u), router, experts, impl="pallas")
+    with pytest.raises(ValueError, match=r"impl='tpu'; .* 66 rows; it is made for up to 64"):
+        expert_pair(many(a), many(u), router, experts, impl="tpu")
     with pytest.raises(ValueError, match="expert_pair: impl='gpu'; expected one of"):
         expert_pair(a, u, router, experts, impl="gpu")
     np.testing.assert_allclose(
@@ -90,6 +90,6 @@ def test_the_tpu_compiler_takes_the_kernel_at_the_shapes_of_an_8b_target(chip, l
     for R in (1, 10, 64):
         args = like((R, D), jnp.float32), like((R, D), jnp.bfloat16), like((4, D), jnp.bfloat16), (expert, expert)
         assert "expert_pair" in compile_for(chip, expert_pair, *args).as_text()
-        [traffic] = kernel_traffic(functools.partial(expert_pair, impl="pallas"), *args)
+        [traffic] = kernel_traffic(functools.partial(expert_pair, impl="tpu"), *args)
         least = 6 * 2 * D * F + R * D * (4 + 2 + 4 + 4) + 4 * D * 2
         assert traffic.moved == least

@@ -37,8 +37,8 @@ def both(form, streams, targets, cotangents, mask=None, **options):
             found += (token_kl.reference(h, w, rh, rw, **options),)
             found = found if mask is None else tuple(jnp.where(mask, x, 0.0) for x in found)
         else:
-            found = (*stats(h, w, targets, mask, want_sum_sq=True, impl="interpret", **options),)
-            found += (kl(h, w, rh, rw, mask, impl="interpret", **options),)
+            found = (*stats(h, w, targets, mask, want_sum_sq=True, impl="interpret-tpu", **options),)
+            found += (kl(h, w, rh, rw, mask, impl="interpret-tpu", **options),)
         weighed = (*found[:3], found[4])
         return sum(jnp.sum(c * x) for c, x in zip(cotangents, weighed, strict=True)), found
 
@@ -146,7 +146,7 @@ def test_both_passes_compile_for_an_8b_model_within_its_inputs_and_gradients(op,
 def test_each_pass_reads_the_head_once_for_a_thousand_tokens_or_the_tokens_once_for_hundreds_of_rows():
     N, V, D = EIGHT.values()
     args = like((N, D), jnp.bfloat16), like((V, D), jnp.bfloat16), like((N,), jnp.int32)
-    loss = lambda h, w, y: token_stats.token_stats(h, w, y, impl="pallas").logp.sum()
+    loss = lambda h, w, y: token_stats.token_stats(h, w, y, impl="tpu").logp.sum()
     found = {t.name: t for t in kernel_traffic(jax.grad(loss, argnums=(0, 1)), *args, scalars=[np.int32([8])])}
     head, hidden = 2 * V * D, 2 * N * D
     assert found["sweep"].moved <= 1.02 * (8 * head + hidden)
@@ -164,4 +164,4 @@ def test_what_cannot_be_is_refused():
         check_tiles(tiles(1.0), (1 << 24) + 1, "here")
     wide = jnp.zeros((8, 80_000)), jnp.zeros((8, 80_000)), jnp.zeros(8, jnp.int32)
     with pytest.raises(ValueError, match="320000 bytes of hidden states a token; it is made for up to"):
-        token_stats.token_stats(*wide, impl="pallas")
+        token_stats.token_stats(*wide, impl="tpu")

@@ -310,7 +310,7 @@ KERNEL = [(1, 256, 40, 1), (3, 200, 24, 1), (2, 4352, 520, 1), (5, 2048, 16, 16)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "impl"))
-def by_kernel(x, w, scale, bits, impl="interpret"):
+def by_kernel(x, w, scale, bits, impl="interpret-tpu"):
     return qmm(x, w, scale, bits=bits, dtype=jnp.float32, impl=impl)
 
 
@@ -338,7 +338,7 @@ def test_the_kernel_switches_master_codes_to_any_width(shape):
     x, codes, scale = case(*shape)
     for bits in WIDTHS:
         want = fast_product(x, codes, scale, bits)
-        got = jax.jit(lambda b: qmm(x, codes, scale, bits=b, dtype=jnp.float32, impl="interpret"))(jnp.int32(bits))
+        got = jax.jit(lambda b: qmm(x, codes, scale, bits=b, dtype=jnp.float32, impl="interpret-tpu"))(jnp.int32(bits))
         assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)
         static_bits = by_kernel(x, codes, scale, bits)
         assert np.linalg.norm(static_bits - want) <= 1e-6 * np.linalg.norm(want)
@@ -349,7 +349,7 @@ def test_the_kernels_gradients_are_those_of_the_reference():
     scale, g = scale.astype(jnp.float32), jnp.asarray(np.random.default_rng(3).standard_normal((5, 9)), jnp.float32)
     planes = repacked(codes, 8, 4)
     loss = lambda x, scale, impl: jnp.sum(by_kernel(x, planes, scale, 4, impl) * g)
-    got, want = (jax.grad(loss, argnums=(0, 1))(x, scale, impl) for impl in ("interpret", "xla"))
+    got, want = (jax.grad(loss, argnums=(0, 1))(x, scale, impl) for impl in ("interpret-tpu", "xla"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), got, want)
 
 
@@ -357,14 +357,16 @@ def test_what_the_kernel_does_not_serve_goes_to_xla_and_says_why_when_named():
     x, codes, scale = case(3, 200, 7, 1)
     many = jnp.tile(x, (22, 1))
     np.testing.assert_allclose(qmm(many, codes, scale, bits=8)[:3], qmm(x, codes, scale, bits=8), rtol=2e-5, atol=1e-5)
-    for impl in ("pallas", "interpret"):
+    for impl in ("tpu", "interpret-tpu"):
         with pytest.raises(ValueError, match=f"qmm: impl='{impl}'; .* 66 rows; it is made for 1 to 64"):
             qmm(many, codes, scale, bits=8, impl=impl)
     with pytest.raises(ValueError, match="inputs are quantised"):
-        qmm(x, codes, scale, bits=8, act="int8", impl="pallas")
+        qmm(x, codes, scale, bits=8, act="int8", impl="tpu")
     with pytest.raises(ValueError, match="groups of 40 inputs; expected blocks of 128"):
-        qmm(x, codes, jnp.ones((7, 5)), bits=8, impl="pallas")
-    with pytest.raises(ValueError, match="qmm: impl='triton'; expected one of auto, xla, pallas, interpret"):
+        qmm(x, codes, jnp.ones((7, 5)), bits=8, impl="tpu")
+    with pytest.raises(
+        ValueError, match="qmm: impl='triton'; expected one of auto, xla, tpu, gpu, interpret-tpu, interpret-gpu"
+    ):
         qmm(x, codes, scale, bits=8, impl="triton")
     assert qmm(x[:0], codes, scale, bits=8).shape == (0, 7)
 
@@ -399,7 +401,7 @@ def test_the_tpu_compiler_takes_the_kernel_at_the_shapes_of_an_8b_model(chip, li
         assert "qmm" in compiled.as_text()
         assert not re.search(r"= s32\[\S+\]\{[^S}]*\} copy", compiled.as_text())  # but into S(1), fast memory
         least = nbytes(bits, N, K, M) + 2 * B * K + 4 * B * N
-        [traffic] = kernel_traffic(functools.partial(f, impl="pallas"), *args)
+        [traffic] = kernel_traffic(functools.partial(f, impl="tpu"), *args)
         assert least * 0.99 < traffic.moved <= 1.15 * least
         assert traffic.held < 8 << 20
 

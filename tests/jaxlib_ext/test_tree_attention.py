@@ -47,12 +47,12 @@ def oracle(q, k, v, mask, softcap=None, **_):
 
 
 @functools.partial(jax.jit, static_argnames=("impl", "softcap", "parts"))
-def attention(q, k, v, mask, impl="interpret", **settings):
+def attention(q, k, v, mask, impl="interpret-tpu", **settings):
     return tree_attention(q, k, v, mask, impl=impl, **settings)
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("impl", ["interpret", "xla"])
+@pytest.mark.parametrize("impl", ["interpret-tpu", "xla"])
 def test_attention_is_that_of_loops(name, impl):
     shape, settings = CASES[name]
     given = case(shape)
@@ -75,7 +75,7 @@ def test_codes_are_read_as_what_they_stand_for(name, bits):
     k, v = (quantise_rows(x * jnp.exp2(jnp.arange(shape[2]) % 5)[None, :, None, None], bits) for x in (k, v))
     floats = [dequantise(rows, shape[-1], jnp.float32) for rows in (k, v)]
     want = oracle(q, *floats, mask, **settings)
-    for impl in ("interpret", "xla"):
+    for impl in ("interpret-tpu", "xla"):
         got = attention(q, k, v, mask, impl=impl, **settings)
         assert np.linalg.norm(got - want) <= 2e-6 * np.linalg.norm(want)
 
@@ -101,7 +101,7 @@ def test_gradients_are_those_of_the_reference(bits):
         k, v = quantise_rows(k, bits), quantise_rows(v, bits)
     over = (0,) if bits else (0, 1, 2)
     loss = lambda q, k, v, impl: jnp.sum(attention(q, k, v, mask, impl=impl) * weights)
-    got, want = (jax.grad(loss, argnums=over)(q, k, v, impl) for impl in ("interpret", "xla"))
+    got, want = (jax.grad(loss, argnums=over)(q, k, v, impl) for impl in ("interpret-tpu", "xla"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
     assert max(float(jnp.abs(x).max()) for x in got) > 0.01
 
@@ -123,8 +123,8 @@ def test_shapes_and_names_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="impl='cuda'; expected"):
         tree_attention(q, k, v, mask, impl="cuda")
     many = lambda x: jnp.tile(x, (1, 22, *(1 for _ in x.shape[2:])))
-    with pytest.raises(ValueError, match=r"impl='pallas'; .* 66 nodes; it is made for up to 64"):
-        tree_attention(many(q), k, v, many(mask), impl="pallas")
+    with pytest.raises(ValueError, match=r"impl='tpu'; .* 66 nodes; it is made for up to 64"):
+        tree_attention(many(q), k, v, many(mask), impl="tpu")
     assert tree_attention(many(q), k, v, many(mask)).shape == (1, 66, 4, 8)
 
 
