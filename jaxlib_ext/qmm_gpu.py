@@ -131,12 +131,13 @@ def tiles_of(B: int, N: int, K: int, M: int, widths: tuple[int, ...]) -> Tiles:
     outputs, wanted, stages, n = 64, 200, 3, 4 if B <= 16 and widths == (4,) else 2
     if M > 1:
         outputs, wanted, stages, n = 128 if N % 128 == 0 else 64, 128, 6, 2 if 1 in widths else 1
-    if -(-K // 128) % n:
-        n //= 2
-    chunks = -(-K // 128) // n
+    blocks = -(-K // 128)
+    n = next(m for m in (4, 2, 1) if m <= n and blocks % m == 0)
     row = 2 * max(16, pl.next_power_of_2(B)) * 128
     held = n * sum(row + outputs * 16 * w for w in widths)
-    return Tiles(outputs, n, min(chunks, -(-wanted // (N // outputs))), 4, max(1, min(stages, (200 << 10) // held)))
+    return Tiles(
+        outputs, n, min(blocks // n, -(-wanted // (N // outputs))), 4, max(1, min(stages, (200 << 10) // held))
+    )
 
 
 def why_not(x: Float[Array, "B K"], scale: Float[Array, "N M"], widths: tuple[int, ...]) -> str:

@@ -1,6 +1,7 @@
 """The kernel of GPUs against the products of `test_qmm`: without a GPU run step by step, with one as it is."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxaroo.jaxlib_ext.qmm import pack, qmm
-from jaxaroo.jaxlib_ext.qmm_gpu import tiles_of
+from jaxaroo.jaxlib_ext.qmm_gpu import tiles_of, why_not
 from tests.jaxlib_ext.for_gpus import lowered_for_cuda
 from tests.jaxlib_ext.test_qmm import case, fast_product, repacked
 
@@ -69,23 +70,26 @@ def test_gradients_are_those_of_the_reference():
 
 
 def test_programs_for_cuda_have_the_kernel():
-    for bits in (8, 6, 4, 3, 2):
-        x, codes, scale = small(KERNEL[0])
+    for shape, bits in [*[(KERNEL[0], bits) for bits in (8, 6, 4, 3, 2)], *[(shape, 4) for shape in KERNEL[1:]]]:
+        x, codes, scale = small(shape)
         f = functools.partial(qmm, bits=bits, impl="gpu")
         assert lowered_for_cuda(f, x, repacked(codes, 8, bits), scale).count("__gpu$xla.gpu.triton") == 1
 
 
 def test_a_launch_fits_into_a_processor():
     """At most 200 KiB of loads under way, at every width, number of rows and size of groups that it serves."""
-    for B in (1, 17, 64):
+    for B, K, M in itertools.product((1, 17, 64), (4096, 1152, 1280), (1, 2)):
         for widths in ((8,), (4, 2, 1), (4, 2), (4, 1), (4,), (2, 1), (2,)):
-            for M in (1, 16):
-                t = tiles_of(B, 4096, 4096, M, widths)
-                rows = max(16, 1 << (B - 1).bit_length())
-                held = t.stages * t.blocks * sum(256 * rows + 16 * w * t.outputs for w in widths)
-                assert held <= 200 << 10
-                assert 8 * min(widths) * t.blocks >= 16
-                assert 4096 // 128 % t.blocks == 0 < t.shares <= 4096 // 128 // t.blocks
+            like = jax.ShapeDtypeStruct
+            if why_not(like((B, K), jnp.bfloat16), like((4096, M), jnp.bfloat16), widths):
+                continue
+            t = tiles_of(B, 4096, K, M, widths)
+            rows = max(16, 1 << (B - 1).bit_length())
+            assert t.stages * t.blocks * sum(256 * rows + 16 * w * t.outputs for w in widths) <= 200 << 10
+            assert 8 * min(widths) * t.blocks >= 16  # halves of a product
+            assert K // 128 % t.blocks == 0
+            assert K // M // 128 % t.blocks == 0
+            assert 1 <= t.shares <= K // 128 // t.blocks
 
 
 @pytest.mark.errors
