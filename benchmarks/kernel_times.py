@@ -1,9 +1,9 @@
 """What operations take on the GPU that is here: the form chosen, XLA's form, the least that is possible, and peers.
 
-Each program does an operation on several operands of its own, more than fit in the chip's cache, and is sent out many
-times before anything is waited for; sides run in turns in one process, and times are medians for one operation, what
-XLA puts around it included. The floor is the larger of bytes, each operand and result once, at the rate at which a
-large array is read here, and products at the rate of a large bfloat16 product.
+Each program does an operation on several operands, more than fit in the chip's cache, ten times over; sides run in
+turns in one process, and times are medians for one operation, what XLA puts around it included. The floor is the larger
+of bytes, each operand and result once, at the rate at which a large array is read here, and products at the rate of a
+large bfloat16 product.
 
 Peers, where PyTorch is installed: `scaled_dot_product_attention`, `F.linear` in bfloat16 and `cross_entropy` on whole
 logits; the first two replayed from a CUDA graph.
@@ -11,10 +11,9 @@ logits; the first two replayed from a CUDA graph.
 
 import contextlib
 import functools
-import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +28,7 @@ from jaxaroo.jaxlib_ext.tree_attention import tree_attention
 from jaxaroo.models.cache import Int4Rows, Int8Rows
 
 _CACHE = 300 << 20  # bytes that no chip's cache holds
+_TIMES = 10  # that a program does everything
 Side = Callable[[], Any]
 
 
@@ -43,23 +43,25 @@ class Timed(NamedTuple):
     peers: dict[str, Callable[..., Any]]  # take how many copies, give what runs all of them
 
 
-def main(runs: int) -> dict[str, Any]:
-    """Everything, on the device that JAX uses first."""
-    ceilings = read_rate(), product_rate()
-    found: dict[str, Any] = {"bytes_per_second": ceilings[0], "bfloat16_flops_per_second": ceilings[1]}
+def main(runs: int) -> Iterator[dict[str, Any]]:
+    """All that is known so far, on the device that JAX uses first, after each thing that is measured."""
+    read, rate = read_rate(), product_rate()
+    found: dict[str, Any] = {"bytes_per_second": read, "bfloat16_flops_per_second": rate, "losses": {}}
     print(found, flush=True)
-    found["operations"] = {case.name: measured(case, runs, *ceilings) for case in cases()}
-    found["losses"] = {name: loss_on_logits(name, ceilings[1]) for name in ("token_stats", "token_kl")}
-    return found
+    for name in ("token_stats", "token_kl"):
+        found["losses"][name] = loss_on_logits(name, rate)
+        yield found
+    found["operations"] = {}
+    for case in cases():
+        found["operations"][case.name] = measured(case, runs, read, rate)
+        yield found
 
 
 def measured(case: Timed, runs: int, read: float, rate: float) -> dict[str, Any]:
     """All forms by turns; and how far the chosen form is from XLA's, of the norm."""
     copies = max(2, -(-_CACHE // case.least))
     made = [jax.jit(case.operands)(jax.random.key(i)) for i in range(copies)]
-    programs = {
-        name: jax.jit(lambda made, form=form: [form(*given) for given in made]) for name, form in case.forms.items()
-    }
+    programs = {name: jax.jit(functools.partial(repeated, form)) for name, form in case.forms.items()}
     sides: dict[str, Side] = {name: functools.partial(program, made) for name, program in programs.items()}
     failed = {}
     for name, peer in case.peers.items():
@@ -67,7 +69,7 @@ def measured(case: Timed, runs: int, read: float, rate: float) -> dict[str, Any]
             sides[name] = peer(copies)
         except (ImportError, RuntimeError) as e:
             failed[name] = str(e)[:200]
-    seconds = by_turns(sides, runs, 20, copies)
+    seconds = by_turns(sides, runs, copies * _TIMES)
     floor = max(case.least / read, case.flops / rate)
     result: dict[str, Any] = {"least_bytes": case.least, "flops": case.flops, "floor_seconds": floor, "seconds": {}}
     result["seconds"] = {name: record.spread(s) for name, s in seconds.items()}
@@ -76,7 +78,7 @@ def measured(case: Timed, runs: int, read: float, rate: float) -> dict[str, Any]
     result["share_of_roofline"] = floor / median["auto"]
     result["times_as_fast_as"] = {name: s / median["auto"] for name, s in median.items() if name != "auto"}
     if "xla" in programs:
-        result["error"] = difference(programs["auto"](made[:1]), programs["xla"](made[:1]))
+        result["error"] = difference(*(jax.jit(case.forms[name])(*made[0]) for name in ("auto", "xla")))
     print(
         f"{case.name}: {median['auto'] * 1e6:.1f} us, {result['share_of_roofline']:.0%} of the roofline,",
         {name: round(x, 2) for name, x in result["times_as_fast_as"].items()},
@@ -85,16 +87,31 @@ def measured(case: Timed, runs: int, read: float, rate: float) -> dict[str, Any]
     return result
 
 
-def by_turns(sides: dict[str, Side], runs: int, times: int, copies: int) -> dict[str, list[float]]:
-    """Seconds an operation."""
+def repeated(form: Callable[..., Any], made: list[tuple[Any, ...]]) -> jax.Array:
+    """An operation on all operands, several times, in one program: so that the host has little to do with it.
+
+    The barrier makes every round depend on the one before; else the compiler would do it once.
+    """
+
+    def again(_, last):
+        given, last = jax.lax.optimization_barrier((made, last))
+        results = jax.lax.optimization_barrier([form(*one) for one in given])
+        return last + jax.tree.leaves(results)[0].reshape(-1)[0].astype(jnp.float32)
+
+    return jax.lax.fori_loop(0, _TIMES, again, jnp.float32(0))
+
+
+def by_turns(sides: dict[str, Side], runs: int, operations: int, times: int = 1) -> dict[str, list[float]]:
+    """Seconds an operation, of which a call does several; of `times` calls only the last is waited for."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(runs + 1):
         for name, side in sides.items():
-            start = time.perf_counter()
-            results = [side() for _ in range(times)]
-            wait(results[-1])
+            start, result = time.perf_counter(), None
+            for _ in range(times):
+                result = side()
+            wait(result)
             if turn:  # the first compiles
-                seconds[name].append((time.perf_counter() - start) / times / copies)
+                seconds[name].append((time.perf_counter() - start) / times / operations)
     return seconds
 
 
@@ -125,18 +142,17 @@ def difference(got: Any, want: Any) -> float:
 # -------------------------------------------------------------------------------------------------------------- cases
 def cases() -> list[Timed]:
     """Decode and verify steps of 8B and 70B models."""
-    shapes = [(B, 4096, 14336, 0, bits) for B, bits in itertools.product((1, 16, 64), (8, 4, 3, 2))]
-    shapes += [(B, 14336, 4096, 0, 4) for B in (1, 16)] + [(B, 4096, 14336, 128, 4) for B in (1, 16)]
-    shapes += [(B, 8192, 28672, 0, 4) for B in (1, 16, 64)]
-    found = [product(*shape) for shape in shapes]
+    shapes = [(B, 4096, 14336, 0, 4) for B in (1, 16, 64)] + [(1, 4096, 14336, 0, bits) for bits in (8, 3, 2)]
+    shapes += [(16, 4096, 14336, 0, 8), (16, 14336, 4096, 0, 4)] + [(B, 4096, 14336, 128, 4) for B in (1, 16)]
+    found = [product(*shape) for shape in shapes + [(B, 8192, 28672, 0, 4) for B in (1, 16, 64)]]
     found += [
         attention(*shape)
         for shape in (
             (1, 1, 32768, 16), (1, 8, 32768, 16), (1, 64, 32768, 16), (16, 1, 4096, 16), (8, 1, 32768, 16),
-            (1, 1, 2048, 16), (1, 1, 32768, 8), (1, 8, 32768, 8), (1, 1, 32768, 4), (1, 8, 32768, 4),
+            (1, 1, 32768, 8), (1, 8, 32768, 8), (1, 1, 32768, 4), (1, 8, 32768, 4),
         )
     ]  # fmt: skip
-    return found + [experts(R) for R in (1, 10, 64)] + [cuts(B) for B in (1, 32)]
+    return found + [experts(R) for R in (1, 64)] + [cuts(B) for B in (1, 32)]
 
 
 def product(B: int, K: int, N: int, group: int, bits: int) -> Timed:
@@ -224,7 +240,7 @@ def loss_on_logits(name: str, rate: float, N: int = 8192, V: int = 128_256, D: i
         with contextlib.suppress(ImportError):
             sides["torch_dense"] = torch_cross_entropy(N, V, D)
             found["forms"]["torch_dense"] = {}
-    for form, seconds in by_turns(sides, 5, 2, 1).items():
+    for form, seconds in by_turns(sides, 5, 1, 2).items():
         found["forms"][form]["seconds"] = record.spread(seconds)
     products = 3 if name == "token_stats" else 4
     found["floor_seconds"] = 2 * products * N * D * V / rate
@@ -246,7 +262,13 @@ def replayed(copies: int, run: Callable[[int], Any]) -> Side:
     with torch.cuda.graph(graph):
         for i in range(copies):
             run(i)
-    return lambda: (graph.replay(), run)[0]  # the operands live as long as the graph
+
+    def replay() -> None:
+        for _ in range(_TIMES):
+            graph.replay()
+        assert run  # the operands live as long as the graph
+
+    return replay
 
 
 def torch_linear(B: int, K: int, N: int, copies: int) -> Side:
@@ -285,14 +307,14 @@ def read_rate(size: int = 1 << 30) -> float:
     """Bytes a second, of reading a large bfloat16 array."""
     x = jax.random.normal(jax.random.key(0), (4096, size // 4096), jnp.bfloat16)
     largest = jax.jit(lambda x: jnp.max(x, axis=1))
-    return x.nbytes / min(by_turns({"read": lambda: largest(x)}, 5, 10, 1)["read"])
+    return x.nbytes / min(by_turns({"read": lambda: largest(x)}, 5, 1, 10)["read"])
 
 
 def product_rate(size: int = 8192) -> float:
     """FLOPs a second, of a large bfloat16 product."""
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
     multiply = jax.jit(lambda x: x @ x.T)
-    return 2 * size**3 / min(by_turns({"product": lambda: multiply(x)}, 5, 10, 1)["product"])
+    return 2 * size**3 / min(by_turns({"product": lambda: multiply(x)}, 5, 1, 10)["product"])
 
 
 def nbytes(tree: Any) -> int:

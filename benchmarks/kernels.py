@@ -110,7 +110,8 @@ def main() -> None:
     opts = args.parse_args()
     result: dict[str, Any] = {"benchmark": "kernels", "environment": record.environment()}
     if jax.default_backend() == "gpu":
-        record.save("kernels-gpu", result | kernel_times.main(opts.runs))
+        for found in kernel_times.main(opts.runs):
+            record.save("kernels-gpu", result | found)
         return
     devices_of(CHIPS[opts.chips[0]].topology)  # says at once if there is no compiler
     result["cuts"] = {f"{B} x {V}": cuts(B, V, opts.runs) for B in (1, 8) for V in (32_000, 128_256)}

@@ -6,8 +6,8 @@ the sequences that an objective trains on, prompts included, counted the same on
 and padding count for neither; that jaxaroo runs a prompt once for both answers changes no count. Sides run in turns in
 one process. The first call, which compiles, stands apart.
 
-The floor is the time that the least multiplications take at the rate of a product of two 2048 x 2048 matrices, measured
-in the same process: every token of a prompt and its answers once through the layers, the head for answers alone, three
+The floor is the time that the least multiplications take at the rate of one large product, measured in the same
+process: every token of a prompt and its answers once through the layers, the head for answers alone, three
 times for what is trained and once for a reference; of kto without mismatched answers. No step can be faster, whatever
 else it does.
 
@@ -75,6 +75,7 @@ def main() -> None:
     args.add_argument("--row", type=int, default=768, help="tokens of a row that jaxaroo packs pairs into")
     args.add_argument("--runs", type=int, default=12)
     args.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    args.add_argument("--remat", choices=["none", "full"], default="none", help="what the backward pass does again")
     args.add_argument("--against", choices=["trl"])
     args.add_argument("--resident", nargs=2, metavar=("SIDE", "OBJECTIVE"), help="measure the memory of one side alone")
     opts = args.parse_args()
@@ -90,10 +91,11 @@ def main() -> None:
         return
     result: dict[str, Any] = {"benchmark": "preference_step", "environment": record.environment()}
     result |= {"shape": opts.shape, "config": dataclasses.asdict(cfg), "pairs": opts.pairs, "length": opts.length}
-    result["row"] = opts.row
-    result["matmul_flops_per_second"] = rate = matmul_rate()
-    result["objectives"] = {name: measure(name, cfg, opts, rate) for name in opts.objectives}
-    record.save(f"preference-step-{opts.shape}-{jax.default_backend()}", result)
+    result |= {"row": opts.row, "remat": opts.remat, "objectives": {}}
+    result["matmul_flops_per_second"] = rate = matmul_rate(cfg.dtype)
+    for name in opts.objectives:
+        result["objectives"][name] = measure(name, cfg, opts, rate)
+        record.save(f"preference-step-{opts.shape}-{jax.default_backend()}", result)
 
 
 def measure(name: str, cfg: DecoderConfig, opts: argparse.Namespace, rate: float) -> dict[str, Any]:
@@ -114,6 +116,8 @@ def measure(name: str, cfg: DecoderConfig, opts: argparse.Namespace, rate: float
         row |= made[side][1]
         if jax.default_backend() == "cpu" and Path("/proc/self/status").exists():
             row["resident_bytes"] = alone(side, name, opts)
+        if stats := jax.devices()[0].memory_stats():
+            row["peak_device_bytes"] = stats["peak_bytes_in_use"]  # of the process so far
         found["sides"][side] = row
     if "trl" in names:
         ratios = [t / o for t, o in zip(seconds["trl"], seconds["jaxaroo"], strict=True)]
@@ -185,7 +189,8 @@ def jaxaroo_side(name: str, cfg: DecoderConfig, opts: argparse.Namespace) -> tup
         gradient = PolicyGradientConfig()
 
         def loss(params, rollout, key):
-            return policy_gradient(score_targets(cfg, params, rollout.batch), rollout, gradient)
+            scores = score_targets(cfg, params, rollout.batch, rules=REPLICATED, remat=opts.remat)
+            return policy_gradient(scores, rollout, gradient)
 
         advantages = jnp.where(window.segments % 2 == 1, 1.0, -1.0)
         state, window = init_state(base, tx), Rollout(window, advantages)
@@ -194,7 +199,7 @@ def jaxaroo_side(name: str, cfg: DecoderConfig, opts: argparse.Namespace) -> tup
         options = PreferenceOptions(objective=name)
         parts = preference.trainable_parts(cfg, options, None)
         state = init_state(parts.init(base, jax.random.key(1)), tx, frozen=base if parts.beside else None)
-        loss = preference.make_loss(cfg, options, rules=REPLICATED, remat="none")
+        loss = preference.make_loss(cfg, options, rules=REPLICATED, remat=opts.remat)
         step = make_train_step(loss, tx, preference.counts(options), combine=parts.combine)
     held = step.lower(state, window).compile().memory_analysis()  # type: ignore[attr-defined]
     kept = [state]
@@ -290,9 +295,10 @@ def least_flops(name: str, cfg: DecoderConfig, opts: argparse.Namespace) -> floa
     return total
 
 
-def matmul_rate(size: int = 2048, runs: int = 7) -> float:
-    """FLOPs a second, the best of several."""
-    x = jnp.ones((size, size))
+def matmul_rate(dtype: str, runs: int = 7) -> float:
+    """FLOPs a second of a large product, the best of several."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)
     jax.block_until_ready(product(x, x))
     return 2 * size**3 / min(timed(lambda: jax.block_until_ready(product(x, x))) for _ in range(runs))
