@@ -357,7 +357,7 @@ def qmm(
     why_not, plain = _served(rows, o, scale.shape[1]), functools.partial(_plain, o=o)
     tpu = Kernel(functools.partial(_by_kernel, o, _launch), why_not)
     why_not = why_not or qmm_gpu.why_not(rows, factor, o.widths)
-    gpu = Kernel(functools.partial(_by_kernel, o, _launch_gpu), why_not)
+    gpu = Kernel(functools.partial(_by_kernel, o, _launch_gpu), why_not, qmm_gpu.slower(rows, o.widths))
     y = run("qmm", impl, plain, rows, planes, factor, at, tpu=tpu, gpu=gpu)
     return y.reshape(*x.shape[:-1], y.shape[1]).astype(dtype or x.dtype)
 

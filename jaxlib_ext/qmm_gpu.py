@@ -140,6 +140,11 @@ def tiles_of(B: int, N: int, K: int, M: int, widths: tuple[int, ...]) -> Tiles:
     )
 
 
+def slower(x: Float[Array, "B K"], widths: tuple[int, ...]) -> bool:
+    """Whether XLA's form was faster on an H200: odd widths of many rows, whose last bits are 16 products a half."""
+    return 1 in widths and x.shape[0] > 16
+
+
 def why_not(x: Float[Array, "B K"], scale: Float[Array, "N M"], widths: tuple[int, ...]) -> str:
     """Why it does not serve; empty if it does."""
     (_, K), (N, M) = x.shape, scale.shape

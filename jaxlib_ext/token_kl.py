@@ -78,7 +78,7 @@ def token_kl(
       scale: multiplies the logits of both first.
       softcap: then they become `softcap * tanh(z / softcap)`.
       temperature: and are divided by this.
-      token_tile: c_t of XLA's loops; the last tile may be short. Kernels choose theirs.
+      token_tile: c_t of XLA's loops; the last tile may be short. Kernels choose theirs, and a Hopper has 2,048 or more.
       vocab_tile: c_v; likewise.
       layout: where tokens and rows of the heads lie on the mesh; sizes have to divide.
       impl: as `dispatch.run` takes it, of both passes.

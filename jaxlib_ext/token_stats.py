@@ -92,7 +92,7 @@ def token_stats(
       scale: multiplies the logits first.
       softcap: then they become `softcap * tanh(z / softcap)`.
       temperature: and are divided by this.
-      token_tile: c_t of XLA's loops; the last tile may be short. Kernels choose theirs.
+      token_tile: c_t of XLA's loops; the last tile may be short. Kernels choose theirs, and a Hopper has 2,048 or more.
       vocab_tile: c_v; likewise.
       want_sum_sq: also sum the squared probabilities, which costs one more sum over every tile.
       layout: where tokens and rows of the head lie on the mesh; sizes have to divide. Without it all is in one place.

@@ -308,6 +308,6 @@ def tree_attention(
     o = _Static(softcap, min(block, 512, rows[1] + -rows[1] % 128), parts, bits)
     why_not = f"{T} nodes; it is made for up to {MOST_NODES}." if T > MOST_NODES else ""
     tpu = Kernel(functools.partial(_by_kernel, o, _launch), why_not)
-    gpu_why_not, measured = why_not or tree_attention_gpu.why_not(q, bits), q.dtype == jnp.bfloat16
-    gpu = Kernel(functools.partial(_by_kernel, o, _launch_gpu), gpu_why_not, slower=not measured)
+    why_not = why_not or tree_attention_gpu.why_not(q, bits)
+    gpu = Kernel(functools.partial(_by_kernel, o, _launch_gpu), why_not, tree_attention_gpu.slower(q, rows[1]))
     return run("tree_attention", impl, functools.partial(_plain, o=o), q, k, v, mask, tpu=tpu, gpu=gpu)

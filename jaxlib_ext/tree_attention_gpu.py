@@ -226,6 +226,11 @@ def tiles_of(q: Float[Array, "B T N H"], S: int, K: int, bits: int | None) -> Ti
     return Tiles(queries, rows, min(max(busy, pl.cdiv(S, 1024)), pl.cdiv(S, rows)), warps, stages)
 
 
+def slower(q: Float[Array, "B T N H"], S: int) -> bool:
+    """Whether XLA's form was faster on an H200, or nothing was measured: float32, and few rows for few queries."""
+    return q.dtype != jnp.bfloat16 or q.shape[0] * q.shape[1] * S < 8192
+
+
 def why_not(q: Float[Array, "B T N H"], bits: int | None) -> str:
     """Why it does not serve; empty if it does."""
     most = 256 if bits is None else 128

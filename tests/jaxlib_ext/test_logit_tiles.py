@@ -29,7 +29,7 @@ def inputs(N, V, D=32, E=16, dtype=jnp.float32, spread=1.0):
 
 def both(form, streams, targets, cotangents, mask=None, **options):
     """All results of an operation, and gradients that no result can hide from."""
-    stats, kl = {"kernel": (token_stats.token_stats, token_kl.token_kl), "dense": (None, None)}[form]
+    impl = {"kernel": "interpret-tpu", "loops of a gpu": "gpu", "dense": None}[form]
 
     def total(h, w, rh, rw):
         if form == "dense":
@@ -37,8 +37,8 @@ def both(form, streams, targets, cotangents, mask=None, **options):
             found += (token_kl.reference(h, w, rh, rw, **options),)
             found = found if mask is None else tuple(jnp.where(mask, x, 0.0) for x in found)
         else:
-            found = (*stats(h, w, targets, mask, want_sum_sq=True, impl="interpret-tpu", **options),)
-            found += (kl(h, w, rh, rw, mask, impl="interpret-tpu", **options),)
+            found = (*token_stats.token_stats(h, w, targets, mask, want_sum_sq=True, impl=impl, **options),)
+            found += (token_kl.token_kl(h, w, rh, rw, mask, impl=impl, **options),)
         weighed = (*found[:3], found[4])
         return sum(jnp.sum(c * x) for c, x in zip(cotangents, weighed, strict=True)), found
 
@@ -59,6 +59,19 @@ def assert_close(got, want, tolerance):
 def test_kernels_give_values_and_gradients_of_the_dense_form(N, V, transform):
     given = inputs(N, V)
     assert_close(both("kernel", *given, **transform), both("dense", *given, **transform), 3e-6)
+
+
+def test_a_gpu_has_larger_tiles_and_the_same_numbers(monkeypatch):
+    given = inputs(2500, 700)
+    mask = jnp.arange(2500) % 3 == 1
+    sizes = []
+    loops = logit_tiles._sweep_loops
+    monkeypatch.setattr(
+        logit_tiles, "_sweep_loops", lambda rule, o, *rest: sizes.append(o[:2]) or loops(rule, o, *rest)
+    )
+    got = both("loops of a gpu", *given, mask, token_tile=16, vocab_tile=32)
+    assert_close(got, both("dense", *given, mask), 3e-6)
+    assert set(sizes) == {(2048, 16384)}
 
 
 @pytest.mark.parametrize("number", [17, 0, 16])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxaroo.jaxlib_ext import dispatch
 from jaxaroo.jaxlib_ext.qmm import pack, qmm
 from jaxaroo.jaxlib_ext.qmm_gpu import tiles_of, why_not
 from tests.jaxlib_ext.for_gpus import lowered_for_cuda
@@ -90,6 +91,15 @@ def test_a_launch_fits_into_a_processor():
             assert K // 128 % t.blocks == 0
             assert K // M // 128 % t.blocks == 0
             assert 1 <= t.shares <= K // 128 // t.blocks
+
+
+def test_odd_widths_of_many_rows_are_left_to_xla(monkeypatch):
+    """As `benchmarks/results/kernels-gpu.json` has it."""
+    monkeypatch.setattr(dispatch, "_on_hopper", lambda: True)
+    x, codes, scale = small((64, 512, 64, 1))
+    for bits, rows, kernels in ((3, 16, 1), (3, 17, 0), (4, 64, 1), (5, 64, 0)):
+        text = lowered_for_cuda(functools.partial(qmm, bits=bits), x[:rows], repacked(codes, 8, bits), scale)
+        assert text.count("__gpu$xla.gpu.triton") == kernels
 
 
 @pytest.mark.errors

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxaroo.jaxlib_ext import dispatch
 from jaxaroo.jaxlib_ext.tree_attention import dequantise, tree_attention
 from jaxaroo.jaxlib_ext.tree_attention_gpu import Tiles, tiles_of
 from jaxaroo.models.cache import quantise_rows
@@ -88,6 +89,18 @@ def test_programs_for_cuda_have_both_kernels():
             k, v = (quantise_rows(x.astype(jnp.float32), bits) for x in (k, v))
         text = lowered_for_cuda(functools.partial(tree_attention, impl="gpu"), q, k, v, mask)
         assert text.count("__gpu$xla.gpu.triton") == 2
+
+
+def test_few_rows_and_float32_are_left_to_xla(monkeypatch):
+    """As `benchmarks/results/kernel-sizes-gpu.json` has it."""
+    monkeypatch.setattr(dispatch, "_on_hopper", lambda: True)
+    for shape, dtype, kernels in (
+        ((1, 1, 8192, 4, 2, 64), jnp.bfloat16, 2),
+        ((1, 1, 8191, 4, 2, 64), jnp.bfloat16, 0),
+        ((1, 1, 8192, 4, 2, 64), jnp.float32, 0),
+    ):
+        text = lowered_for_cuda(tree_attention, *case(shape, dtype=dtype))
+        assert text.count("__gpu$xla.gpu.triton") == kernels
 
 
 @pytest.mark.errors
