@@ -233,7 +233,7 @@ class Attention(nnx.Module):
             cache = write_rows(cache, length, k, v)
             out = tree_attention(q, cache.k, cache.v, mask)  # the new rows too, as every later query will see them
         else:  # slices of a row that is shared out would move
-            out = (attend if rules.shares_out(rules.seq) else attend_in_order)(q, k, v, mask)
+            out = (attend if rules.ways(rules.seq) > 1 else attend_in_order)(q, k, v, mask)
         return project(out, self.o, getattr(self, "o_bias", None), over=2), cache
 
 

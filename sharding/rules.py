@@ -56,10 +56,15 @@ class Rules:
         spec = divisible(self.spec(*axes), x.shape, mesh.shape, f"activation {axes}")
         return jax.lax.with_sharding_constraint(x, spec)
 
-    def shares_out(self, axis: Axis) -> bool:
-        """Whether more than one device of the mesh that is set lies along these mesh axes."""
+    def ways(self, axis: Axis) -> int:
+        """How many devices of the mesh that is set lie along these mesh axes."""
         sizes = jax.sharding.get_abstract_mesh().shape
-        return math.prod(sizes.get(name, 1) for name in _names(axis)) > 1
+        return math.prod(sizes.get(name, 1) for name in _names(axis))
+
+    @property
+    def seq_and_batch(self) -> tuple[str, ...]:
+        """The mesh axes along which tokens lie."""
+        return *_names(self.seq), *_names(self.batch)
 
     def shardings(self, mesh: Mesh, axes: Any, shapes: Any = None) -> Any:
         """A `NamedSharding` for every leaf of a tree of axis-name tuples.

@@ -77,11 +77,13 @@ def test_an_activation_that_does_not_divide_is_replicated_along_that_dimension(c
     np.testing.assert_array_equal(got, x)
 
 
-def test_an_axis_is_shared_out_where_its_mesh_axes_have_more_than_one_device():
-    assert not FSDP_TP.shares_out(("data", "fsdp"))  # no mesh
-    with jax.set_mesh(Mesh(np.array(jax.devices()[:2]).reshape(2, 1), ("fsdp", "tensor"))):
-        said = [FSDP_TP.shares_out(axis) for axis in (("data", "fsdp"), "fsdp", "tensor", "sequence", None)]
-    assert said == [True, True, False, False, False]
+def test_ways_are_the_devices_along_mesh_axes():
+    assert FSDP_TP.ways(("data", "fsdp")) == 1  # no mesh
+    with jax.set_mesh(Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "tensor"))):
+        said = [FSDP_TP.ways(axis) for axis in (("data", "fsdp"), "tensor", ("fsdp", "tensor"), "sequence", None)]
+    assert said == [2, 4, 8, 1, 1]
+    assert FSDP_TP.seq_and_batch == ("data", "fsdp")
+    assert FSDP_TP_SEQ.seq_and_batch == ("sequence", "data", "fsdp")
 
 
 def test_a_tree_of_names_becomes_a_tree_of_shardings():

@@ -3,6 +3,7 @@
 logprobs.py  the shared forward pass: log-probabilities of targets, for every objective
 sft.py       supervised fine-tuning: likelihood of completions
 double_rounding.py  the same at the width of this update, with or without a teacher
+agreement.py  how near a drafter's distribution comes to its target's
 eagle.py     a drafter guesses the target's next feature; also what every objective of that kind shares
 jakiro.py    the same with two experts, one of them two tokens ahead
 kangaroo.py  an adapter on the first layers guesses the target's next token

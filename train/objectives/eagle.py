@@ -12,7 +12,7 @@ added to the drafter's input features alone, (U[0,1) - 1/2) 0.2 512 / n for a se
 The unit is "token", so the window's completion tokens divide. One of them has no pair: a target at the very first place
 of a segment, behind a prompt of one token.
 
-Logits are made for `tile` tokens at a time, some of every row, and again in the backward pass: no `[B, T, V]` is held.
+Distributions are compared tile by tile (`agreement.py`).
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from ...models.eagle import EagleConfig, forward
 from ...sharding.rules import REPLICATED, Rules
 from ..data.pipeline import Batch
 from ..step import LossFn, Term, Terms
+from .agreement import LogQ, compare, log_probs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class EagleLossConfig:
     vector_weight: float = 1.0  # a
     token_weight: float = 0.1  # b
     noise: float = 0.2  # on input features; 0 adds none
-    tile: int = 256  # tokens, over all rows, whose logits are held at a time: a few [tile, V] of float32
+    tile: int = 256  # tokens of a device whose logits are held at a time: a few [tile, V] of float32
 
     def __post_init__(self):
         for name in ("vector_weight", "token_weight", "noise"):
@@ -71,8 +72,7 @@ def eagle(
       `regression` and `cross_entropy`; and as metrics `acceptance`, sum_x min(p, q), and `agreement` of the likeliest
       tokens.
     """
-    log_q = lambda guessed: log_probs(guessed, head, rules)
-    return guess_terms(guessed, guessed, log_q, features, head, batch, cfg, ahead=1, rules=rules)
+    return guess_terms(guessed, guessed, features, head, batch, cfg, ahead=1, rules=rules)
 
 
 def make_loss(
@@ -121,13 +121,13 @@ def see_target(
 def guess_terms(
     regressed: Float[Array, "B T *E D"],
     drafted: Any,
-    log_q: Callable[[Any], Float[Array, "B tile V"]],
     features: Float[Array, "B T D"],
     head: Float[Array, "V D"],
     batch: Batch,
     cfg: EagleLossConfig,
     *,
     ahead: int,
+    log_q: LogQ = log_probs,
     share: Float[Array, "B T E"] | None = None,
     rules: Rules = REPLICATED,
 ) -> tuple[Terms, Terms]:
@@ -136,12 +136,12 @@ def guess_terms(
     Args:
       regressed: guesses at the feature; with `share`, several a position.
       drafted: a tree of arrays [B, T, ...] from which `log_q` makes log-probabilities.
-      log_q: a tile of `drafted`, some tokens of every row -> their log-probabilities, float32.
       features: the target's.
       head: the target's.
       batch: which targets count.
       cfg: weights of the terms.
       ahead: 1 for the next feature.
+      log_q: as `compare` takes it.
       share: how much each of several guesses at the feature counts.
       rules: where logits lie on a mesh.
     """
@@ -158,61 +158,11 @@ def guess_terms(
         if share is not None:
             distance = jnp.sum(share * distance, axis=-1)
         terms["regression"] = Term(distance, cfg.vector_weight * weight, "token")
-    said = compare(wanted, head, drafted, log_q, cfg.tile, rules=rules)
+    said = compare(wanted, head, drafted, log_q, tile=cfg.tile, rules=rules)
     if cfg.token_weight:
         terms["cross_entropy"] = Term(said.cross_entropy, cfg.token_weight * weight, "token")
-    measured = {"acceptance": said.acceptance, "agreement": said.agreement}
+    measured = {"acceptance": said.acceptance, "agreement": said.same_mode}
     return terms, {name: Term(value, counted, "token") for name, value in measured.items()}
-
-
-class Comparison(NamedTuple):
-    """How near a guess at a distribution comes, token by token; float32."""
-
-    cross_entropy: Float[Array, "B T"]  # - sum p log q, in nats; the only one that carries a gradient
-    acceptance: Float[Array, "B T"]  # sum min(p, q): how often a draft from q is accepted at temperature 1
-    agreement: Float[Array, "B T"]  # 1 where the likeliest tokens are the same
-
-
-def compare(
-    wanted: Float[Array, "B T D"],
-    head: Float[Array, "V D"],
-    drafted: Any,
-    log_q: Callable[[Any], Float[Array, "B tile V"]],
-    tile: int,
-    *,
-    rules: Rules = REPLICATED,
-) -> Comparison:
-    """Hold guessed distributions against softmax(head wanted), `tile` tokens at a time, forward and backward.
-
-    A tile takes its share of every row, so that rows stay on their devices. `wanted` is the caller's to stop: only the
-    head never has a gradient.
-    """
-    B, T = wanted.shape[:2]
-    each = min(max(1, tile // B), T)
-
-    def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [tiles, B, each, ...], padded with zeros
-        x = jnp.pad(x, [(0, 0), (0, -T % each)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, -1, each, *x.shape[2:]), 1, 0)
-
-    @jax.checkpoint  # a tile's logits are made again: only what it was made from is kept for the backward pass
-    def one(part: Any) -> Comparison:
-        log_p, guess = log_probs(part[0], head, rules), log_q(part[1])
-        p = jnp.exp(log_p)
-        overlap = jnp.sum(jnp.minimum(p, jnp.exp(jax.lax.stop_gradient(guess))), axis=-1)
-        same = jnp.argmax(log_p, axis=-1) == jnp.argmax(guess, axis=-1)
-        return Comparison(-jnp.sum(p * guess, axis=-1), overlap, same.astype(jnp.float32))
-
-    tiles = jax.lax.map(one, jax.tree.map(cut, (wanted, drafted)))
-    return Comparison(*(jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T] for x in tiles))
-
-
-def log_probs(
-    hidden: Float[Array, "B T D"], head: Float[Array, "V D"], rules: Rules = REPLICATED
-) -> Float[Array, "B T V"]:
-    """Log-probabilities that a frozen head makes of hidden states, float32."""
-    head = jax.lax.stop_gradient(head).astype(hidden.dtype)
-    z = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
-    return jax.nn.log_softmax(rules.constrain(z, "batch", "seq", "vocab"))
 
 
 def smooth_l1(guessed: Float[Array, "... D"], wanted: Float[Array, "... D"]) -> Float[Array, "..."]:

@@ -22,7 +22,8 @@ from ...models.jakiro import JakiroConfig, forward, forward_mixture, mixture_log
 from ...sharding.rules import REPLICATED, Rules
 from ..data.pipeline import Batch
 from ..step import LossFn, Terms
-from .eagle import EagleLossConfig, guess_terms, log_probs, rematerialised, see_target
+from .agreement import log_probs
+from .eagle import EagleLossConfig, guess_terms, rematerialised, see_target
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,8 +55,7 @@ def jakiro(
     """
 
     def of(guessed: Float[Array, "B T D"], ahead: int) -> tuple[Terms, Terms]:
-        log_q = lambda part: log_probs(part, head, rules)
-        return guess_terms(guessed, guessed, log_q, features, head, batch, cfg.guess, ahead=ahead, rules=rules)
+        return guess_terms(guessed, guessed, features, head, batch, cfg.guess, ahead=ahead, rules=rules)
 
     terms, metrics = of(main, 1)
     if not cfg.contrast_weight:
@@ -77,13 +77,13 @@ def jakiro_mixture(
 ) -> tuple[Terms, Terms]:
     """EAGLE's terms and metrics for a mixture of branches; arguments else as in `eagle.eagle`."""
 
-    def log_q(part: tuple[jax.Array, jax.Array]) -> Float[Array, "B tile V"]:
-        (B, T, E, D), log_w = part[0].shape, part[1]
-        each = log_probs(part[0].reshape(B, T * E, D), head, rules).reshape(B, T, E, -1)
-        return mixture_log_probs(log_w[..., None] + each)
+    def log_q(part: tuple[jax.Array, jax.Array], head: Float[Array, "V D"], rules: Rules) -> Float[Array, "R each V"]:
+        (R, each, E, D), log_w = part[0].shape, part[1]
+        of_branch = log_probs(part[0].reshape(R, each * E, D), head, rules).reshape(R, each, E, -1)
+        return mixture_log_probs(log_w[..., None] + of_branch)
 
-    drafted, share = (branches, log_weights), jnp.exp(log_weights)
-    return guess_terms(branches, drafted, log_q, features, head, batch, cfg, ahead=1, share=share, rules=rules)
+    more = dict(ahead=1, log_q=log_q, share=jnp.exp(log_weights), rules=rules)
+    return guess_terms(branches, (branches, log_weights), features, head, batch, cfg, **more)  # type: ignore[arg-type]
 
 
 def make_loss(
