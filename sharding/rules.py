@@ -121,7 +121,8 @@ def shardings_like(state: Any, params: Any, shardings: Any) -> Any:
     """Shard an optimiser's state like the parameters that it follows.
 
     A leaf whose path ends with that of a parameter (the longest, if several do) and whose shape is that parameter's
-    takes that parameter's sharding; anything else is replicated: counts, factored moments, schedules.
+    takes that parameter's sharding. So does one with one dimension more, which is not shared out: moments of several
+    widths, stacked. Anything else is replicated: counts, factored moments, schedules.
 
     Args:
       state: `jax.eval_shape(tx.init, params)`, or any tree that holds trees like `params`.
@@ -136,7 +137,13 @@ def shardings_like(state: Any, params: Any, shardings: Any) -> Any:
     def one(path: Any, leaf: Any) -> NamedSharding:
         ends = (path[i:] for i in range(len(path) + 1))  # the longest first
         shape, place = next((of[end] for end in ends if end in of), (None, replicated))
-        return place if leaf.shape == shape else replicated
+        if shape is None or leaf.shape == shape:
+            return place
+        for i in range(leaf.ndim if leaf.ndim == len(shape) + 1 else 0):
+            if leaf.shape[:i] + leaf.shape[i + 1 :] == shape:
+                spec = [*place.spec, *[None] * (len(shape) - len(place.spec))]
+                return NamedSharding(place.mesh, PartitionSpec(*spec[:i], None, *spec[i:]))
+        return replicated
 
     return jax.tree_util.tree_map_with_path(one, state)
 

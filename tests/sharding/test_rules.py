@@ -77,6 +77,22 @@ def test_an_activation_that_does_not_divide_is_replicated_along_that_dimension(c
     np.testing.assert_array_equal(got, x)
 
 
+def test_moments_of_several_widths_lie_as_their_parameter_does():
+    """Stacked in front, or behind the layers; a shape that is another's is replicated."""
+    on, like = mesh(), jax.ShapeDtypeStruct
+    params = {"w": like((4, 8, 6), jnp.float32), "b": like((8,), jnp.float32)}
+    places = FSDP_TP.shardings(on, {"w": ("layers", "embed", "ffn"), "b": ("embed",)}, params)
+    state = {
+        "all": {"w": like((5, 4, 8, 6), jnp.float32), "b": like((5, 8), jnp.float32)},
+        "layer": {"w": like((4, 5, 8, 6), jnp.float32), "b": like((8,), jnp.float32)},
+        "other": {"w": like((4, 5, 8, 7), jnp.float32), "b": like((5, 5, 8), jnp.float32)},
+    }
+    got = jax.tree.map(lambda s: s.spec, shardings_like(state, params, places))
+    assert got["all"] == {"w": P(None, None, "fsdp", "tensor"), "b": P(None, "fsdp")}
+    assert got["layer"] == {"w": P(None, None, "fsdp", "tensor"), "b": P("fsdp")}
+    assert got["other"] == {"w": P(), "b": P()}
+
+
 def test_ways_are_the_devices_along_mesh_axes():
     assert FSDP_TP.ways(("data", "fsdp")) == 1  # no mesh
     with jax.set_mesh(Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "tensor"))):

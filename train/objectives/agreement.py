@@ -2,13 +2,10 @@
 
     C_t = - sum_x p_t(x) log q_t(x)      A_t = sum_x min(p_t(x), q_t(x))      p = softmax(head f), q the drafter's
 
-C is the loss, A how often a draft from q is accepted at temperature 1. Logits are made for a tile of tokens at a time,
-and again in the backward pass: no `[B, T, V]` is held. On a mesh every device makes those of its own tokens: a tile is
-a few tokens of each of its rows, or of its part of them, and what the head has of other devices is fetched once, not
-with every tile.
+C is the loss, A how often a draft from q is accepted at temperature 1. Logits are made tile by tile (`../tiles.py`): no
+`[B, T, V]` is held, each device makes those of its own tokens, and what the head has of other devices is fetched once.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ...sharding.rules import REPLICATED, Rules
+from ..tiles import fetched, over_tiles
 
 LogQ = Callable[[Any, Float[Array, "V D"], Rules], Float[Array, "R each V"]]
 
@@ -57,29 +55,13 @@ def compare(
       tile: tokens of a device whose logits are held at a time: a few [tile, V] of float32.
       rules: where tokens and vocabulary lie on a mesh.
     """
-    B, T = wanted.shape[:2]
-    parts = rules.ways(rules.seq) if T % rules.ways(rules.seq) == 0 else 1
-    R, L = B * parts, T // parts  # each device's part of a row is a row
-    if parts > 1:
-        rules = dataclasses.replace(rules, batch=rules.seq_and_batch, seq=None)
-    ways = rules.ways(rules.batch)
-    each = min(max(1, tile * (ways if R % ways == 0 else 1) // R), L)
-    head = rules.constrain(jax.lax.stop_gradient(head).astype(wanted.dtype), "vocab", None)
+    head = fetched(jax.lax.stop_gradient(head).astype(wanted.dtype), rules)
 
-    def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [tiles, R, each, ...], padded with zeros
-        x = jnp.swapaxes(x.reshape(B, parts, L, *x.shape[2:]), 0, 1).reshape(R, L, *x.shape[2:])
-        x = rules.constrain(x, "batch", *(None for _ in x.shape[1:]))
-        x = jnp.pad(x, [(0, 0), (0, -L % each)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(R, -1, each, *x.shape[2:]), 1, 0)
-
-    @jax.checkpoint  # a tile's logits are made again: only what it was made from is kept for the backward pass
-    def one(part: Any) -> Agreement:
+    def one(part: Any, rules: Rules) -> Agreement:
         log_p, guess = log_probs(part[0], head, rules), log_q(part[1], head, rules)
         p = jnp.exp(log_p)
         overlap = jnp.sum(jnp.minimum(p, jnp.exp(jax.lax.stop_gradient(guess))), axis=-1)
         same = jnp.argmax(log_p, axis=-1) == jnp.argmax(guess, axis=-1)
         return Agreement(-jnp.sum(p * guess, axis=-1), overlap, same.astype(jnp.float32))
 
-    tiles = jax.lax.map(one, jax.tree.map(cut, (wanted, drafted)))
-    rows = (jnp.moveaxis(x, 0, 1).reshape(R, -1)[:, :L] for x in tiles)
-    return Agreement(*(jnp.swapaxes(x.reshape(parts, B, L), 0, 1).reshape(B, T) for x in rows))
+    return over_tiles(one, (wanted, drafted), tile, rules)

@@ -11,7 +11,7 @@ Letters: B rows, T tokens (and the temperature), D width, V vocabulary.
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Int32
 from ...sharding.rules import REPLICATED, Rules
 from ..data.pipeline import Batch
 from ..step import Term, Terms
+from ..tiles import fetched, over_tiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class DistillConfig:
     teacher: Literal["inplace", "fp"] = "inplace"
     kappa: float = 0.5  # what the teacher counts; the rest is the data
     temperature: float = 1.0
-    tile: int = 1024  # tokens, over all rows, whose logits are held at a time
+    tile: int = 1024  # tokens of a device whose logits are held at a time
 
     def __post_init__(self):
         if self.teacher not in ("inplace", "fp"):
@@ -113,21 +114,17 @@ def compare_hidden(
       cfg: temperature and tile.
       rules: how logits lie on devices.
     """
-    B, T = targets.shape
-    each = max(1, min(cfg.tile // B, T))  # positions of every row, so that rows stay on their devices
+    frozen = jax.lax.stop_gradient(teacher_head).astype(teacher.dtype)
+    tables = fetched(head, rules), fetched(frozen, rules)
 
-    def logits(hidden: Array, table: Array) -> Array:  # cast here, so that a head's gradient is summed in its own dtype
-        z = jnp.einsum("btd,vd->btv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return rules.constrain(z, "batch", None, "vocab")
+    def logits(
+        h: Array, table: Array, rules: Rules
+    ) -> Array:  # cast here, so that a head's gradient is its own dtype's
+        z = jnp.einsum("btd,vd->btv", h, table.astype(h.dtype), preferred_element_type=jnp.float32)
+        return rules.constrain(z, "batch", "seq", "vocab")
 
-    @jax.checkpoint
-    def one(part: tuple[Array, Array, Array]) -> Compared:
-        h, g, y = part
-        return compare(logits(h, head), logits(g, teacher_head), y, cfg.temperature)
+    def one(part: tuple[Array, Array, Array], rules: Rules) -> Compared:
+        z, w = (logits(h, table, rules) for h, table in zip(part[:2], tables, strict=True))
+        return compare(z, w, part[2], cfg.temperature)
 
-    def cut(x: Any) -> Array:  # [B, T, ...] -> [tiles, B, each, ...], padded with zeros
-        x = jnp.pad(x, [(0, 0), (0, -T % each)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, -1, each, *x.shape[2:]), 1, 0)
-
-    tiles = jax.lax.map(one, (cut(student), cut(teacher), cut(targets)))
-    return Compared(*(jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T] for x in tiles))
+    return over_tiles(one, (student, teacher, targets), cfg.tile, rules)
