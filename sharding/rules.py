@@ -120,35 +120,45 @@ def divisible(
 def shardings_like(state: Any, params: Any, shardings: Any) -> Any:
     """Shard an optimiser's state like the parameters that it follows.
 
-    A leaf whose path ends with that of a parameter (the longest, if several do) and whose shape is that parameter's
-    takes that parameter's sharding. So does one with one dimension more, which is not shared out: moments of several
-    widths, stacked. Anything else is replicated: counts, factored moments, schedules.
+    A leaf belongs to the parameter with which its path has the longest end in common: an optimiser of one part of the
+    tree has paths that begin there. If it has that parameter's shape, it takes its sharding. So does one with one
+    dimension more, which is not shared out: moments of several widths, stacked. Anything else is replicated: counts,
+    factored moments, schedules, and what several parameters of unlike shardings could claim.
 
     Args:
-      state: `jax.eval_shape(tx.init, params)`, or any tree that holds trees like `params`.
+      state: `jax.eval_shape(tx.init, params)`, or any tree that holds trees like `params`, or like parts of it.
       params: the parameters or their shapes.
       shardings: their shardings, at least one and all on one mesh.
     """
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     places = jax.tree.leaves(shardings)
-    of = {path: (leaf.shape, place) for (path, leaf), place in zip(flat, places, strict=True)}
+    of: dict[Any, list[tuple[tuple[int, ...], NamedSharding]]] = {}
+    for (path, leaf), place in zip(flat, places, strict=True):
+        for i in range(len(path)):
+            of.setdefault(path[i:], []).append((leaf.shape, place))
     replicated = NamedSharding(places[0].mesh, PartitionSpec())
 
     def one(path: Any, leaf: Any) -> NamedSharding:
-        ends = (path[i:] for i in range(len(path) + 1))  # the longest first
-        shape, place = next((of[end] for end in ends if end in of), (None, replicated))
-        if shape is None or leaf.shape == shape:
-            return place
-        for i in range(leaf.ndim if leaf.ndim == len(shape) + 1 else 0):
-            if leaf.shape[:i] + leaf.shape[i + 1 :] == shape:
-                spec = [*place.spec, *[None] * (len(shape) - len(place.spec))]
-                return NamedSharding(place.mesh, PartitionSpec(*spec[:i], None, *spec[i:]))
-        return replicated
+        ends = (path[i:] for i in range(len(path)))  # the longest first
+        owners = next((of[end] for end in ends if end in of), [])
+        found = {place for shape, owner in owners if (place := _like(leaf.shape, shape, owner)) is not None}
+        return found.pop() if len(found) == 1 else replicated
 
     return jax.tree_util.tree_map_with_path(one, state)
 
 
 # ----------------------------------------------------------------------------------------------------------- private
+def _like(shape: tuple[int, ...], owner: tuple[int, ...], place: NamedSharding) -> NamedSharding | None:
+    """How an array lies beside its owner: likewise, with one more dimension whole, or not at all like it."""
+    if shape == owner:
+        return place
+    for i in range(len(shape) if len(shape) == len(owner) + 1 else 0):
+        if shape[:i] + shape[i + 1 :] == owner:
+            spec = [*place.spec, *[None] * (len(owner) - len(place.spec))]
+            return NamedSharding(place.mesh, PartitionSpec(*spec[:i], None, *spec[i:]))
+    return None
+
+
 def _names(part: Axis) -> tuple[str, ...]:
     return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 

@@ -93,6 +93,20 @@ def test_moments_of_several_widths_lie_as_their_parameter_does():
     assert got["other"] == {"w": P(), "b": P()}
 
 
+def test_an_optimiser_of_a_part_of_the_tree_follows_that_part():
+    """Its paths begin where the part does. What two parameters of unlike shardings could claim is replicated."""
+    on, like = mesh(), lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    params = {"model": {"w": like(8, 6), "norm": like(8)}, "drafter": {"norm": like(8), "v": like(6)}}
+    axes = {"model": {"w": ("embed", "ffn"), "norm": ("embed",)}, "drafter": {"norm": ("vocab",), "v": ("ffn",)}}
+    places = FSDP_TP.shardings(on, axes, params)
+    state = {"mu": params["model"], "nu": {"v": like(6)}, "whole": params, "rows": {"w": like(8)}}
+    got = jax.tree.map(lambda s: s.spec, shardings_like(state, params, places))
+    assert got["mu"] == {"w": P("fsdp", "tensor"), "norm": P()}
+    assert got["nu"] == {"v": P("tensor")}
+    assert got["whole"] == jax.tree.map(lambda s: s.spec, places)
+    assert got["rows"] == {"w": P()}
+
+
 def test_ways_are_the_devices_along_mesh_axes():
     assert FSDP_TP.ways(("data", "fsdp")) == 1  # no mesh
     with jax.set_mesh(Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "tensor"))):
