@@ -7,6 +7,7 @@ message explains, 2 for a misused command, 130 after Ctrl-C.
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,7 +78,27 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status."""
+    """Run one subcommand; returns the exit status.
+
+    Where several processes run together, one that fails is gone at once: at an orderly end JAX waits for the others,
+    which wait for this one.
+    """
+    try:
+        status = _run(argv)
+    except Exception:
+        if not _has_company():
+            raise
+        traceback.print_exc()
+        status = 1
+    if status not in (0, 130, 143) and _has_company():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+# ----------------------------------------------------------------------------------------------------------- private
+def _run(argv: list[str] | None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     _use_compilation_cache()
     try:
@@ -108,7 +129,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-# ----------------------------------------------------------------------------------------------------------- private
+def _has_company() -> bool:
+    """Whether this process has joined others; without touching JAX if nobody has."""
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
 def _use_compilation_cache() -> None:
     """Compiled programs outlive the process, unless the environment says where else, or nowhere (empty)."""
     if CACHE_VARIABLE not in os.environ:

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from .rules import Rules, divisible
 
+_UNHEARD = 25  # seconds without a word from a process, after which JAX's service ends all others
 AXES = ("data", "fsdp", "tensor", "sequence")  # the last ones talk the most, and get the nearest neighbours
 
 
@@ -68,8 +69,11 @@ def start_processes(
 
     The three settings come from the arguments; if none is given, from JAXAROO_COORDINATOR, JAXAROO_NUM_PROCESSES and
     JAXAROO_PROCESS_ID; if none is set, from SLURM (a step of several tasks) or a TPU pod's variables. Nothing happens
-    for a single process, nor on a second call. Raises ValueError for settings that are missing or cannot be, and
-    RuntimeError when a device was touched before.
+    for a single process, nor on a second call. A process that is not heard of for 25 s ends all of them.
+
+    Raises:
+      ValueError: for settings that are missing or cannot be.
+      RuntimeError: when a device was touched before.
 
     Args:
       coordinator: "host:port" of process 0; or "auto", alone, to let JAX ask the machine (Cloud TPU VMs outside GKE,
@@ -82,7 +86,7 @@ def start_processes(
     if settings is None or jax.distributed.is_initialized():
         return
     try:
-        jax.distributed.initialize(**settings)
+        jax.distributed.initialize(**settings, heartbeat_timeout_seconds=_UNHEARD)
     except RuntimeError as error:
         if "must be called before" not in str(error):
             raise

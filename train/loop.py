@@ -30,6 +30,7 @@ def fit(
     log_every: int = 10,
     save_every: int | None = None,
     max_skipped: int = 10,
+    alive: Callable[[], None] = lambda: None,
     progress: bool = False,
 ) -> TrainState:
     """Go on from the state's step until `steps` steps are taken, or until `stop`.
@@ -50,6 +51,7 @@ def fit(
       log_every: steps between logs.
       save_every: steps between saves; None saves at the end alone.
       max_skipped: this many skipped steps in a row end the run, without a save.
+      alive: called whenever something was done.
       progress: show a bar.
 
     Raises:
@@ -93,10 +95,13 @@ def fit(
             saving = done == steps or stopping or (save_every is not None and done % save_every == 0)
             if saving or len(pending) >= log_every:
                 flush()
+            alive()
             if evaluate_every and (done == steps or done % evaluate_every == 0):
                 evaluate(state)  # before the save, which says that this step is done with
+                alive()
             if saving:
                 save(state)
+                alive()
             if stopping:
                 break
     return state

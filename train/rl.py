@@ -57,13 +57,14 @@ from .checkpoint import CheckpointConfig
 from .config import build, read_settings, write_settings
 from .data.arithmetic import ArithmeticConfig
 from .data.pipeline import BatchConfig
+from .ending import stop_signals
 from .loop import NotFiniteError
 from .metrics import append_records, forget_after, read_records
 from .objectives.policy_gradient import Rollout
 from .optimizer import OptimizerConfig, make_optimizer, make_schedule
 from .recipe import Origin, whole_model
 from .rollouts import Sampled, lay_out, problem_indices, split_rows, spread
-from .run import RULES, Outcome, RunConfig, absolute_name, alone, begin_state, origin_of, stop_signals
+from .run import RULES, Outcome, RunConfig, absolute_name, alone, begin_state, origin_of
 from .state import TrainState
 from .step import make_train_step
 

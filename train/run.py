@@ -12,9 +12,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,6 +37,7 @@ from .data.arithmetic import ArithmeticConfig, ArithmeticExamples, arithmetic_to
 from .data.formats import Layout, open_examples
 from .data.pipeline import BatchConfig, Batches, Encode
 from .data.tokenise import Encoded
+from .ending import preempted, stop_signals, together, watched
 from .labels.truth import ArithmeticSolutions, SolutionsConfig
 from .loop import fit
 from .metrics import append_records, forget_after, plot_loss, read_records
@@ -86,6 +84,7 @@ class RunConfig:
       log_every: steps between looks at the metrics.
       evaluate_every: steps between evaluations, of kinds that have one; 0 makes none.
       max_skipped: steps in a row with a loss that is not finite, before the run stops.
+      hang_seconds: of several processes, without anything done, before one says where it stands and ends; 0 waits.
       tensorboard: write the metrics for TensorBoard too.
     """
 
@@ -104,6 +103,7 @@ class RunConfig:
     log_every: int = 10
     evaluate_every: int = 0
     max_skipped: int = 10
+    hang_seconds: float = 1800.0
     tensorboard: bool = False
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -116,6 +116,8 @@ class RunConfig:
         for name in ("steps", "log_every", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"RunConfig.{name}: found {getattr(self, name)}; expected at least 1.")
+        if not 0 <= self.hang_seconds < float("inf"):
+            raise ValueError(f"RunConfig.hang_seconds: found {self.hang_seconds}; expected 0 (never) or seconds.")
         if not 0 <= self.ema < 1:
             raise ValueError(f"RunConfig.ema: found {self.ema}; expected 0 (none) or a decay below 1.")
 
@@ -214,29 +216,6 @@ def alone(out: Path) -> Iterator[None]:
         except (ImportError, OSError) as e:  # not every system and file system has locks
             log.warning("train: %s cannot be locked (%s); see that no other process writes there", out, e)
         yield
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], int | None]]:
-    """The first Ctrl-C or SIGTERM asks the run to save and leave; a second Ctrl-C ends it at once."""
-    got: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
-        yield lambda: None
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if got and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        got.append(number)  # and no logging: this may be in the middle of some
-        os.write(2, f"\n{signal.Signals(number).name}: saving after this step, then leaving\n".encode())
-
-    ours = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()  # else see `_preempted`
-    before = {number: signal.signal(number, ask) for number in ours}
-    try:
-        yield lambda: got[0] if got else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def origin_of(cfg: RunConfig) -> Origin:
@@ -407,6 +386,8 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
         # 3. The way from there.
         record = _recorder(cfg, int(state.step), board, stack)
         stopped = stack.enter_context(stop_signals())
+        stack.enter_context(together(cfg.out))
+        alive = stack.enter_context(watched(cfg.hang_seconds if jax.process_count() > 1 else 0, cfg.out))
         step = step_of(cfg, kind, options, origin, trainable, tx, like)
         state = fit(
             state,
@@ -417,12 +398,13 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
             save=lambda state: checkpoint.save(
                 manager, state, {"mark": mark, "streams": _every_stream(batches.get_state())}
             ),
-            stop=lambda number: stopped() is not None or _preempted(number),
+            stop=lambda number: stopped() is not None or preempted(number),
             evaluate=_evaluator(cfg, origin, int(state.step), evaluate),
             evaluate_every=cfg.evaluate_every,
             log_every=cfg.log_every,
             save_every=cfg.checkpoint.every,
             max_skipped=cfg.max_skipped,
+            alive=alive,
             progress=progress and jax.process_index() == 0,
         )
         manager.wait_until_finished()
@@ -558,11 +540,6 @@ def _evaluator(cfg: RunConfig, origin: Origin, begin: int, evaluate: Evaluate | 
         log.info("step %d: %s", int(state.step), found)
 
     return measure
-
-
-def _preempted(step: int) -> bool:
-    """With several processes a SIGTERM to any of them stops all after the same step; JAX's service agrees on it."""
-    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
 def _every_stream(mine: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,13 +39,14 @@ from . import checkpoint
 from .checkpoint import CheckpointConfig
 from .config import build, read_settings, write_settings
 from .data.images import AugmentConfig, ImageBatch, Images, TrainingBatches, in_order, read_cifar10
+from .ending import stop_signals
 from .loop import fit
 from .metrics import append_records, forget_after, read_records
 from .objectives.classify import count_images, float_loss, ghost_loss, joint_loss
 from .optimizer import OptimizerConfig, make_optimizer, make_schedule
 from .precision.alrs import mean_clipped, per_width, width_rate
 from .precision.distill import DistillConfig
-from .run import Outcome, alone, stop_signals
+from .run import Outcome, alone
 from .state import TrainState, init_state
 from .statistics import with_statistics
 from .step import Step, Turns, make_train_step

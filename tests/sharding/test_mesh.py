@@ -225,7 +225,7 @@ def test_processes_are_found_in_arguments_then_in_the_environment(given, env, wa
     monkeypatch.setattr(os, "environ", env)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **settings: calls.append(settings))
     start_processes(**given)
-    assert calls == ([] if wanted is None else [wanted])
+    assert calls == ([] if wanted is None else [wanted | dict(heartbeat_timeout_seconds=25)])
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     start_processes(**given)
     assert len(calls) == (wanted is not None)

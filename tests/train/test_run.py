@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -266,6 +267,21 @@ def test_two_processes_train_as_one_and_one_goes_on_where_two_were_stopped(tmp_p
     assert steps_logged(stopped) < STEPS
     assert run.resume(stopped).finished
     assert_close_run(stopped, one)
+    killed = tmp_path / "killed"  # the other hears of it, says so and ends; both go on from the last whole checkpoint
+    children = two_processes("sft", *OPTIONS, *shards, *both, "--out", killed)
+    wait_for(children[0], lambda: steps_logged(killed) >= 6)
+    children[1].kill()
+    began = time.monotonic()
+    while children[0].poll() is None and time.monotonic() - began < 100:  # 16 s where nothing else runs
+        time.sleep(0.1)
+    took = time.monotonic() - began
+    for child in children:
+        end(child)
+    assert children[0].returncode not in (0, -signal.SIGKILL), children[0].said
+    assert took < 60
+    assert re.search("stopped sending heartbeats|cannot reach the others", children[0].said), children[0].said
+    finish_both(two_processes("resume", killed))
+    assert_close_run(killed, one)
 
 
 def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
