@@ -37,7 +37,7 @@ def train_command(kind: str, args: list[str]) -> Callable[..., int]:
     """
     from ..train.config import build, read_settings
     from ..train.recipe import RECIPES
-    from ..train.run import RunConfig, start
+    from ..train.run import RunConfig, begun, start
 
     if kind == "preference":
         return preference_command(value_of("--objective", args) or "dpo", args)
@@ -55,6 +55,7 @@ def train_command(kind: str, args: list[str]) -> Callable[..., int]:
         options: Annotated[recipe.options, tyro.conf.arg(name="")] = recipe.options(),  # type: ignore[name-defined]
         config: Path | None = None,
         regenerate: Path | None = None,
+        or_resume: bool = False,
         coordinator: str | None = None,
         num_processes: int | None = None,
         process_id: int | None = None,
@@ -67,11 +68,15 @@ def train_command(kind: str, args: list[str]) -> Callable[..., int]:
           config: YAML file of settings; what is given here as well wins.
           regenerate: JSONL file to write, or to go on writing: the data's prompts, answered by the model itself, which
             is what a drafter had better learn from. Training then reads it.
+          or_resume: go on with the run in --out, if there is one: then the same command starts a run and starts it
+            again. Its settings are those that it was begun with.
           coordinator: HOST:PORT of process 0, when a run of several processes is not started by SLURM or on a TPU pod.
           num_processes: how many take part.
           process_id: which of them this is.
         """
         _join(coordinator, num_processes, process_id)
+        if or_resume and begun(settings.out):
+            return train_resume(settings.out)
         if regenerate is not None:
             if recipe.layout(options) != "sft":
                 raise UsageError(
@@ -153,7 +158,7 @@ def preference_command(name: str, args: list[str]) -> Callable[..., int]:
     from ..train.objectives.by_name import OBJECTIVES
     from ..train.preference import PreferenceOptions, with_settings
     from ..train.recipe import RECIPES
-    from ..train.run import RunConfig, start
+    from ..train.run import RunConfig, begun, start
 
     if name == "list":
         return list_objectives
@@ -173,6 +178,7 @@ def preference_command(name: str, args: list[str]) -> Callable[..., int]:
         options: Annotated[PreferenceOptions, tyro.conf.arg(name="")] = PreferenceOptions(objective=name),
         loss: Annotated[kind, tyro.conf.arg(name="")] = known.config,  # type: ignore[valid-type]
         config: Path | None = None,
+        or_resume: bool = False,
         coordinator: str | None = None,
         num_processes: int | None = None,
         process_id: int | None = None,
@@ -184,11 +190,14 @@ def preference_command(name: str, args: list[str]) -> Callable[..., int]:
           options: of preference training.
           loss: of the objective.
           config: YAML file of settings; what is given here as well wins.
+          or_resume: go on with the run in --out, if there is one.
           coordinator: HOST:PORT of process 0, when a run of several processes is not started by SLURM or on a TPU pod.
           num_processes: how many take part.
           process_id: which of them this is.
         """
         _join(coordinator, num_processes, process_id)
+        if or_resume and begun(settings.out):
+            return train_resume(settings.out)
         return _leave(start("preference", settings, with_settings(options, loss), progress=True), settings.out)
 
     summary = SUMMARIES["unlearn" if name == "unlearn" else "preference"]

@@ -192,6 +192,14 @@ def resume(
     return _train(kind, cfg, options, evaluate, progress, fresh=False)
 
 
+def begun(out: Path) -> bool:
+    """Whether a folder holds a run. Of several processes all are told what the first one sees, before any writes."""
+    found = (out / "config.yaml").is_file()
+    if jax.process_count() > 1:
+        found = bool(multihost_utils.broadcast_one_to_all(np.asarray(found)))
+    return found
+
+
 def read_run(out: Path) -> tuple[str, RunConfig, Any]:
     """Kind, settings and options of the run in a folder."""
     stored = build(_Stored, read_settings(_Stored, out / "config.yaml"))

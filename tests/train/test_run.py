@@ -268,7 +268,8 @@ def test_two_processes_train_as_one_and_one_goes_on_where_two_were_stopped(tmp_p
     assert run.resume(stopped).finished
     assert_close_run(stopped, one)
     killed = tmp_path / "killed"  # the other hears of it, says so and ends; both go on from the last whole checkpoint
-    children = two_processes("sft", *OPTIONS, *shards, *both, "--out", killed)
+    command = ("sft", *OPTIONS, *shards, *both, "--out", killed, "--or-resume")
+    children = two_processes(*command)
     wait_for(children[0], lambda: steps_logged(killed) >= 6)
     children[1].kill()
     began = time.monotonic()
@@ -280,7 +281,7 @@ def test_two_processes_train_as_one_and_one_goes_on_where_two_were_stopped(tmp_p
     assert children[0].returncode not in (0, -signal.SIGKILL), children[0].said
     assert took < 60
     assert re.search("stopped sending heartbeats|cannot reach the others", children[0].said), children[0].said
-    finish_both(two_processes("resume", killed))
+    finish_both(two_processes(*command))
     assert_close_run(killed, one)
 
 
