@@ -329,8 +329,12 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 def _leave(outcome: Any, out: Path) -> int:
     """Say where the run stands; the exit status of one that was stopped is that of its signal."""
+    from ..train.goodput import told
+
     if outcome.finished:
         print(f"step {outcome.step}: wrote {out / 'model'}, curve in {out / 'loss.png'}", file=sys.stderr)
+        if spent := told(out / "goodput.jsonl"):
+            print(spent, file=sys.stderr)
         return 0
     print(f"stopped at step {outcome.step}; go on with: jaxaroo train resume {out}", file=sys.stderr)
     return 128 + (outcome.signal or 15)

@@ -1,5 +1,6 @@
 """The training loop: windows in, a trained state out; log and save are functions that the caller passes."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,6 +32,7 @@ def fit(
     save_every: int | None = None,
     max_skipped: int = 10,
     alive: Callable[[], None] = lambda: None,
+    account: Callable[[int, dict[str, float]], None] = lambda step, seconds: None,
     progress: bool = False,
 ) -> TrainState:
     """Go on from the state's step until `steps` steps are taken, or until `stop`.
@@ -52,6 +54,8 @@ def fit(
       save_every: steps between saves; None saves at the end alone.
       max_skipped: this many skipped steps in a row end the run, without a save.
       alive: called whenever something was done.
+      account: called after every save, with the step and the seconds since the loop began that made no steps: waiting
+        for data, compiling (the first step, until it is on its way), evaluating and saving.
       progress: show a bar.
 
     Raises:
@@ -59,6 +63,14 @@ def fit(
     """
     done, since = int(state.step), time.perf_counter()
     pending: list[Metrics] = []
+    aside: dict[str, float] = {"compile": 0.0, "data": 0.0, "evaluate": 0.0, "save": 0.0}
+
+    @contextlib.contextmanager
+    def counted(part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        aside[part] += time.perf_counter() - began
+
     with tqdm(total=steps, initial=done, desc="train", unit="step", disable=None if progress else True) as bar:
 
         def flush() -> None:
@@ -85,9 +97,12 @@ def fit(
                 )
 
         while done < steps:
-            if (window := next(windows, None)) is None:
+            with counted("data"):
+                window = next(windows, None)
+            if window is None:
                 raise ValueError(f"fit: the windows end behind step {done}; expected {steps} of them.")
-            state, metrics = step(state, window)
+            with contextlib.nullcontext() if aside["compile"] else counted("compile"):
+                state, metrics = step(state, window)
             done += 1
             pending.append(metrics)
             bar.update()
@@ -97,11 +112,14 @@ def fit(
                 flush()
             alive()
             if evaluate_every and (done == steps or done % evaluate_every == 0):
-                evaluate(state)  # before the save, which says that this step is done with
+                with counted("evaluate"):
+                    evaluate(state)  # before the save, which says that this step is done with
                 alive()
             if saving:
-                save(state)
+                with counted("save"):
+                    save(state)
                 alive()
+                account(done, aside)
             if stopping:
                 break
     return state

@@ -1,7 +1,7 @@
 """A run: a folder that begins with settings and ends with a model, and can be left and gone back to at any time.
 
 out/config.yaml      every setting
-out/metrics.jsonl    one line a step;  out/evaluation.jsonl one line an evaluation
+out/metrics.jsonl    one line a step;  out/evaluation.jsonl one line an evaluation;  out/goodput.jsonl one a save
 out/checkpoints/     what `resume` goes on from;  out/damaged/ those that could not be read
 out/loss.png         the curve
 out/model/           the result, as a Hugging Face folder
@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from ..models.presets import preset
 from ..models.tokenizer import byte_tokenizer, load_tokenizer
 from ..sharding.mesh import MeshConfig, gather, local_rows, make_mesh, put_batch
 from ..sharding.rules import FSDP_TP_SEQ, shardings_like
-from . import checkpoint, references
+from . import checkpoint, goodput, references
 from .checkpoint import CheckpointConfig
 from .config import build, read_settings, write_settings
 from .data.arithmetic import ArithmeticConfig, ArithmeticExamples, arithmetic_tokenizer
@@ -352,6 +353,7 @@ class _Stored:
 
 def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, progress: bool, fresh: bool) -> Outcome:
     # 1. What to learn, and from what.
+    began = time.time()
     recipe, origin = RECIPES[kind], origin_of(cfg)
     trainable = recipe.trainable(origin, options, cfg.lora if cfg.adapters == "lora" else None)
     examples = recipe.prepare(_examples(cfg, recipe.layout(options), progress), options)
@@ -395,6 +397,7 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
         record = _recorder(cfg, int(state.step), board, stack)
         stopped = stack.enter_context(stop_signals())
         stack.enter_context(together(cfg.out))
+        account = goodput.recorder(cfg.out / "goodput.jsonl", began, int(state.step))
         alive = stack.enter_context(watched(cfg.hang_seconds if jax.process_count() > 1 else 0, cfg.out))
         step = step_of(cfg, kind, options, origin, trainable, tx, like)
         state = fit(
@@ -413,6 +416,7 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
             save_every=cfg.checkpoint.every,
             max_skipped=cfg.max_skipped,
             alive=alive,
+            account=account if jax.process_index() == 0 else lambda step, seconds: None,
             progress=progress and jax.process_index() == 0,
         )
         manager.wait_until_finished()
