@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .output import FloatType, UsageError, cut_half_line, dumps
+from .shards import shard_of
 
 Row = dict[str, Any]
 # Columns that are of no use once a solution has other steps.
@@ -28,6 +29,7 @@ def label_sample(
     max_new_tokens: int = 512,
     limit: int | None = None,
     first: int = 0,
+    shard: str | None = None,
     seed: int = 0,
     dtype: FloatType | None = None,
     max_seqs: int = 32,
@@ -49,6 +51,8 @@ def label_sample(
       max_new_tokens: tokens of a solution at most.
       limit: problems at most; 1000 of the embedded task when not given, all of a file.
       first: the first problem.
+      shard: which part of the problems, as INDEX/COUNT, or auto under SLURM; it is written beside --out, and `label
+        merge` puts parts together.
       seed: makes the solutions repeatable.
       dtype: of weights and activations; float32 on CPU and bfloat16 elsewhere when not given.
       max_seqs: solutions written at the same time.
@@ -75,6 +79,12 @@ def label_sample(
         problems = [_arithmetic(hard, i) for i in range(first, first + (limit or 1000))]
     else:
         problems = _questions(data)[first:][:limit]
+    part_of, whole = shard_of(shard), out
+    if part_of is not None:
+        problems, whole, out = part_of.of(problems), part_of.path(out), part_of.unfinished(out)
+        if whole.exists():
+            print(f"{whole} is whole", file=sys.stderr)
+            return 0
     done = cut_half_line(out)
     if done % samples:
         raise ValueError(f"label sample: {out} holds {done} rows; expected a multiple of --samples {samples}.")
@@ -101,7 +111,9 @@ def label_sample(
                     file.write(dumps(row) + "\n")
             file.flush()
             bar.update(len(part))
-    print(f"wrote {out}", file=sys.stderr)
+    if part_of is not None:
+        os.replace(out, whole)
+    print(f"wrote {whole}", file=sys.stderr)
     return 0
 
 
@@ -118,6 +130,7 @@ def label_steps(
     max_new_tokens: int = 512,
     joiner: str | None = None,
     job: Path | None = None,
+    shard: str | None = None,
     seed: int = 0,
     dtype: FloatType | None = None,
     max_seqs: int = 32,
@@ -138,6 +151,8 @@ def label_steps(
       max_new_tokens: tokens of a completion at most.
       joiner: what stands behind every step; when not given, what rows of `label split` say, or else a newline.
       job: file of the completions' verdicts, which the labelling goes on from; beside --out when not given.
+      shard: which part of the solutions, as INDEX/COUNT, or auto under SLURM; it is written beside --out, and `label
+        merge` puts parts together.
       seed: makes the completions repeatable.
       dtype: of weights and activations; float32 on CPU and bfloat16 elsewhere when not given.
       max_seqs: completions written at the same time.
@@ -146,6 +161,12 @@ def label_steps(
     rows = [row for row in read_solutions(data) if row["steps"]]
     if (missing := next((i for i, row in enumerate(rows) if needed not in row), None)) is not None:
         raise UsageError(f"label steps: row {missing} of {data} has no `{needed}`, which --by {by} goes by.")
+    if (part_of := shard_of(shard)) is not None:
+        if job is not None:
+            raise UsageError(
+                "label steps: --job and --shard; expected one of them, for every part has a job of its own."
+            )
+        rows, out = list(part_of.of(rows)), part_of.path(out)
     if by == "monte-carlo":
         if model is None:
             raise UsageError("label steps: expected --model, the folder of a completer, or another --by.")

@@ -26,6 +26,7 @@ from . import (
     quickstart,
     rl,
     rounds,
+    shards,
     train,
     vision,
 )
@@ -62,6 +63,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "data mix": data.data_mix,
     "label sample": label.label_sample,
     "label steps": label.label_steps,
+    "label merge": shards.label_merge,
     "label agree": label.label_agree,
     "label feedback": label.label_feedback,
     "label split": label.label_split,
