@@ -16,8 +16,8 @@ import tyro
 from .output import UsageError, dumps
 
 What = Literal[
-    "sft", "drafter", "early-exit", "judge", "prm", "orm", "value", "qat", "preference", "decode"
-]  # what `train.plan.KINDS` has, and decoding
+    "sft", "drafter", "early-exit", "judge", "prm", "orm", "value", "qat", "preference", "rl", "decode"
+]  # what `train.plan.KINDS` has, updates from sampled answers, and decoding
 GIB = float(1 << 30)
 
 
@@ -36,6 +36,7 @@ class Request:
       remat: what the backward pass computes again.
       adapters: train all weights, or low-rank adapters to them.
       objective: of `plan preference`.
+      algorithm: of `plan rl`.
       bits: of the weights, of `plan decode`: 16, or 8, 6, 4, 3, 2 on one device.
       nodes: of `plan decode`: tokens a row reads in a step, as many as a tree of guesses has.
     """
@@ -50,6 +51,7 @@ class Request:
     remat: Literal["none", "dots", "full"] = "none"
     adapters: Literal["none", "lora"] = "none"
     objective: str = "dpo"
+    algorithm: str = "grpo"
     bits: int = 16
     nodes: int = 1
 
@@ -175,7 +177,8 @@ def _compile(request: Request, config: Any) -> dict[str, Any]:
         )
         tokens = request.batch * request.nodes
     else:
-        from ..train.plan import plan_training, run_config
+        from ..train.algorithms import RlOptions
+        from ..train.plan import plan_training, plan_updates, run_config
         from ..train.preference import PreferenceOptions
         from ..train.recipe import RECIPES
 
@@ -187,8 +190,11 @@ def _compile(request: Request, config: Any) -> dict[str, Any]:
             remat=request.remat,
             adapters=request.adapters,
         )
-        options = PreferenceOptions(objective=request.objective) if kind == "preference" else RECIPES[kind].options()
-        found = plan_training(kind, cfg, options, config, mesh, chip)
+        if kind == "rl":
+            found = plan_updates(cfg, RlOptions(algorithm=request.algorithm), config, mesh, chip)
+        else:
+            chosen = PreferenceOptions(objective=request.objective) if kind == "preference" else None
+            found = plan_training(kind, cfg, chosen or RECIPES[kind].options(), config, mesh, chip)
         tokens = request.batch * request.seq
     row = found._asdict() | {"devices": mesh.size, "tokens": tokens, "bounds": None}
     if found.bounds is not None:

@@ -14,8 +14,12 @@ from ..models.tokenizer import byte_tokenizer
 from ..sharding.mesh import batch_ways
 from ..sharding.plan import Plan, plan
 from ..sharding.rules import divisible
+from .algorithms import ALGORITHMS, RlOptions, trainable
 from .data.pipeline import Batch
+from .objectives.policy_gradient import Rollout
+from .optimizer import make_optimizer
 from .recipe import RECIPES, Origin
+from .rl import RlConfig, update_of
 from .run import RULES, RunConfig, state_shapes, step_of
 
 KINDS = tuple(name for name in RECIPES if name != "acceptance")  # its drafter stands in a folder
@@ -46,6 +50,38 @@ def plan_training(kind: str, cfg: RunConfig, options: Any, config: DecoderConfig
     parts |= {"reference": state.carry, "batch": window}
     step, straight = build(cfg), build(dataclasses.replace(cfg, remat="none"))
     return plan(step, (state, window), parts, mesh, chip, useful=straight)
+
+
+def plan_updates(cfg: RunConfig, options: RlOptions, config: DecoderConfig, mesh: Mesh, chip: str) -> Plan:
+    """Compile the first update of a step of `train rl`, which learns from answers that were sampled elsewhere.
+
+    Args:
+      cfg: sizes, adapters and optimiser; a row holds a prompt and its answer, or several.
+      options: the algorithm.
+      config: of the model.
+      mesh: of devices of `topology.devices_of`.
+      chip: a key of `topology.CHIPS`.
+
+    Raises:
+      ValueError: for a batch that the mesh does not divide.
+    """
+    origin = Origin(dataclasses.replace(config, dtype=cfg.dtype or "bfloat16"), byte_tokenizer(), None)
+    what = trainable(origin, options, cfg.lora if cfg.adapters == "lora" else None)
+    tx = make_optimizer(cfg.optimizer, cfg.steps)
+    length, heads = cfg.batch.max_length, ALGORITHMS[options.algorithm].heads(options)
+    asked = RlConfig(
+        model=cfg.model, data=cfg.data, out=cfg.out, max_length=length, max_new_tokens=length // 2, remat=cfg.remat
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        state = state_shapes(cfg, origin, what, tx, mesh)
+        more = ("sampled", *(f"{of}/{name}" for name in heads for of in ("old", "return")))
+        batch = window_shapes(cfg, mesh, more)
+        rollout = Rollout(batch, batch.weights, None, batch.weights if options.kl_weight else None)
+        build = lambda asked: update_of(asked, options, origin, what, tx, state)
+    parts = {"parameters": state.params, "optimiser": state.opt_state, "frozen": state.frozen}
+    parts |= {"reference": state.carry, "batch": rollout}
+    straight = build(dataclasses.replace(asked, remat="none"))
+    return plan(build(asked), (state, rollout), parts, mesh, chip, useful=straight)
 
 
 def window_shapes(cfg: RunConfig, mesh: Mesh, more: tuple[str, ...] = ()) -> Batch:

@@ -62,11 +62,11 @@ from .loop import NotFiniteError
 from .metrics import append_records, forget_after, read_records
 from .objectives.policy_gradient import Rollout
 from .optimizer import OptimizerConfig, make_optimizer, make_schedule
-from .recipe import Origin, whole_model
+from .recipe import Origin, Trainable, whole_model
 from .rollouts import Sampled, lay_out, problem_indices, split_rows, spread
 from .run import RULES, Outcome, RunConfig, absolute_name, alone, begin_state, origin_of
 from .state import TrainState
-from .step import make_train_step
+from .step import Step, make_train_step
 
 Row = Mapping[str, Any]
 Answers = Sequence[Sequence[Sampled]]  # of each problem
@@ -215,7 +215,7 @@ def run_rl(cfg: RlConfig, options: RlOptions, online: Online, *, progress: bool 
     with contextlib.ExitStack() as stack:
         stack.enter_context(alone(cfg.out))
         updates = cfg.steps * cfg.updates
-        tx, schedule = make_optimizer(cfg.optimizer, updates), make_schedule(cfg.optimizer, updates)
+        tx = make_optimizer(cfg.optimizer, updates)
         manager = stack.enter_context(checkpoint.open_checkpoints(cfg.out / "checkpoints", cfg.checkpoint))
         with jax.set_mesh(mesh):
             like, create = begin_state(run, origin, what, tx, mesh)
@@ -230,17 +230,8 @@ def run_rl(cfg: RlConfig, options: RlOptions, online: Online, *, progress: bool 
         forget_after(cfg.out / "metrics.jsonl", done)
         forget_after(cfg.out / "evaluation.jsonl", done - (found is None))
         hand_over = _hand_over(origin, what, mesh)
-        policy = policy_config(options, cfg.max_new_tokens)
-        shared: Any = dict(temperature=cfg.temperature, rules=RULES, remat=cfg.remat)
-        update = make_train_step(
-            make_loss(origin.config, policy, options, **shared),
-            tx,
-            counts,
-            combine=what.combine,
-            schedule=schedule,
-            shardings=jax.tree.map(lambda x: x.sharding, like),
-        )
-        learn = _Learner(cfg, options, mesh, update, make_scores(origin.config, what, **shared))
+        scores = make_scores(origin.config, what, temperature=cfg.temperature, rules=RULES, remat=cfg.remat)
+        learn = _Learner(cfg, options, mesh, update_of(cfg, options, origin, what, tx, like), scores)
         stopped = stack.enter_context(stop_signals())
         bar = tqdm(total=cfg.steps, initial=done, desc="rl", unit="step", disable=None if progress else True)
         stack.enter_context(bar)
@@ -279,6 +270,20 @@ def run_rl(cfg: RlConfig, options: RlOptions, online: Online, *, progress: bool 
             title = f"{options.algorithm}: {Path(cfg.model).name} on {Path(cfg.data).name}"
             _plot(cfg.out / "reward.png", read_records(cfg.out / "metrics.jsonl"), title)
     return Outcome(done, done >= cfg.steps, stopped())
+
+
+def update_of(cfg: RlConfig, options: RlOptions, origin: Origin, what: Trainable, tx: Any, like: TrainState) -> Step:
+    """The jitted update of a run: on windows of type `Rollout`; `like` says where the state lies."""
+    policy = policy_config(options, cfg.max_new_tokens)
+    shared: Any = dict(temperature=cfg.temperature, rules=RULES, remat=cfg.remat)
+    return make_train_step(
+        make_loss(origin.config, policy, options, **shared),
+        tx,
+        counts,
+        combine=what.combine,
+        schedule=make_schedule(cfg.optimizer, cfg.steps * cfg.updates),
+        shardings=jax.tree.map(lambda x: x.sharding, like),
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- private

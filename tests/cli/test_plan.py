@@ -84,7 +84,7 @@ def test_the_compiler_says_what_does_not_fit_and_searched_meshes_are_ranked(run,
 def test_all_kinds_that_can_be_planned_can_be_asked_for():
     from jaxaroo.train.plan import KINDS
 
-    assert {*get_args(module.What)} == {*KINDS, "decode"}
+    assert {*get_args(module.What)} == {*KINDS, "rl", "decode"}
 
 
 def test_a_plan_that_cannot_be_remembered_is_told_all_the_same(run, libtpu, monkeypatch, tmp_path):

@@ -8,7 +8,8 @@ from jaxaroo.models.decoder import param_shapes
 from jaxaroo.models.presets import preset
 from jaxaroo.sharding.mesh import MeshConfig, make_mesh
 from jaxaroo.sharding.topology import devices_of
-from jaxaroo.train.plan import KINDS, plan_training, run_config, window_shapes
+from jaxaroo.train.algorithms import RlOptions
+from jaxaroo.train.plan import KINDS, plan_training, plan_updates, run_config, window_shapes
 from jaxaroo.train.preference import PreferenceOptions
 from jaxaroo.train.recipe import RECIPES
 
@@ -54,6 +55,22 @@ def test_a_reference_lies_beside_the_policy_and_a_master_is_updated_at_every_wid
     qat = planned("qat")
     assert qat.fits
     assert qat.flops > 4 * 0.95 * orpo.flops  # 8, 6, 4 and 2 bits one after the other, and the highest teaches
+
+
+@pytest.mark.aot
+@pytest.mark.optimizer
+def test_an_update_from_sampled_answers_is_fine_tuning_and_value_heads_cost_little(libtpu):
+    """Of the same rows: the products are those of fine-tuning, the batch holds advantages and what was sampled."""
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), devices_of("v5e:2x2"))
+    update = lambda **options: plan_updates(run_config(8, 128), RlOptions(**options), TINY, mesh, "v5e")
+    sft, grpo, ppo = planned("sft"), update(), update(algorithm="ppo", kl_weight=0.1)
+    assert grpo.fits
+    assert ppo.fits
+    assert grpo.arguments["parameters"] == sft.arguments["parameters"]
+    assert grpo.arguments["batch"] == sft.arguments["batch"] + 8 * 128 // 2 * 4 * 2
+    assert grpo.flops == pytest.approx(sft.flops, rel=0.01)
+    assert ppo.arguments["frozen"] >= grpo.arguments["frozen"]
+    assert ppo.arguments["batch"] > grpo.arguments["batch"]
 
 
 def test_every_kind_of_training_that_needs_no_folder_is_there():
