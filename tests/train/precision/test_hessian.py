@@ -79,9 +79,9 @@ def test_what_couples_layers_vanishes_in_the_mean_and_the_error_says_how_slowly(
 
 def test_the_variance_of_an_estimate_falls_with_its_samples():
     """Over 200 estimates each, as the formula of a single sample divided by how many there are."""
-    keys = jax.random.split(jax.random.key(2), 200)
+    keys, params = jax.random.split(jax.random.key(2), 200), start()  # not made within `jit`, which would keep tracers
     for samples in (4, 32):
-        one = lambda key, n=samples: hessian_trace(quadratic(FULL), start(), key, samples=n, tolerance=0).trace
+        one = lambda key, n=samples: hessian_trace(quadratic(FULL), params, key, samples=n, tolerance=0).trace
         found = jax.jit(jax.vmap(one))(keys)
         for name in SHAPES:
             got = np.var(np.asarray(found[PATH[name]]), axis=0)
