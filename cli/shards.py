@@ -101,9 +101,11 @@ def parts_of(out: Path) -> list[Path]:
     for path in out.parent.glob(f"{_glob_of(out.stem)}-*"):
         if match := shape.fullmatch(path.name):
             found.setdefault(int(match[2]), set()).add(int(match[1]))
-    if len(found) != 1:
-        said = f"parts of jobs of {', '.join(map(str, sorted(found)))}" if found else "no part"
-        raise ValueError(f"label merge: found {said} of {out}; expected those of one job. Remove the others.")
+    if not found:
+        raise FileNotFoundError(f"label merge: found no part of {out}; expected what --shard wrote, beside it.")
+    if len(found) > 1:
+        several = ", ".join(map(str, sorted(found)))
+        raise ValueError(f"label merge: found parts of jobs of {several} of {out}; expected one. Remove the others.")
     [(count, indices)] = found.items()
     if missing := sorted({*range(count)} - indices):
         where = [Shard(i, count) for i in missing[:5]]
