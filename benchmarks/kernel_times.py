@@ -3,9 +3,10 @@
 Each program does an operation on several operands, more than fit in the chip's cache, and is called many times before
 anything is waited for; sides run in turns in one process, and times are medians for one operation, what XLA puts around
 it included. A loop within the program would be fairer to small operations, but XLA takes what does not change out of
-it, barriers or not: times came out below the floor. The floor is the larger
-of bytes, each operand and result once, at the rate at which a large array is read here, and products at the rate of a
-large bfloat16 product.
+it, barriers or not: times came out below the floor.
+
+The floor is the larger of bytes, each operand and result once, at the rate at which a large array is read here, and
+products at the rate of a large bfloat16 product.
 
 Peers, where PyTorch is installed: `scaled_dot_product_attention`, `F.linear` in bfloat16 and `cross_entropy` on whole
 logits; the first two replayed from a CUDA graph.

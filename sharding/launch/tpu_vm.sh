@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Train on all workers of a TPU VM slice, over ssh, from a machine that has gcloud:
 #
-#   ZONE=us-west4-a sharding/launch/tpu_vm.sh NAME sft --model gs://... --data gs://... --out gs://bucket/run ...
+#   ZONE=us-west4-a sharding/launch/tpu_vm.sh NAME sft --model /mnt/model --data /mnt/train.jsonl --out /mnt/run ...
 #
 # What stands behind the slice's name goes to `jaxaroo train` on every worker, where `jaxaroo` has to be on the PATH, or
-# JAXAROO names it; --out has to be storage that all of them see (a mounted bucket, NFS). Processes find each other by
+# JAXAROO names it; model, data and --out are on storage that all of them see (NFS, a mounted bucket). Processes find each other by
 # the slice's own metadata. If one worker fails, all end, and all are started again, up to RESTARTS times (10), where
 # the newest whole checkpoint is. A slice that is gone (preempted) is not made anew: make one, and run this again.
 set -uo pipefail
