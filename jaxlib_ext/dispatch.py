@@ -27,7 +27,7 @@ def run(where: str, impl: Impl, plain: Callable[..., Any], *given: Any, tpu: Ker
     A kernel is not cut up by the compiler, so `auto` leaves a mesh of several devices to XLA; within `shard_map`, where
     arrays are those of one device, it does not. GPUs of other generations than Hopper, on which all of it was measured,
     have XLA's form: tiles that fit one may not fit another. Forms are traced, and one is lowered: hand in kernels that
-    are jitted once, or every layer pays for tracing them. Forward derivatives are those of XLA's form.
+    are jitted once, or every layer pays for tracing them. Derivatives are those of XLA's form.
 
     Args:
       where: the operation, for errors.
@@ -46,9 +46,9 @@ def run(where: str, impl: Impl, plain: Callable[..., Any], *given: Any, tpu: Ker
         raise ValueError(f"{where}: impl={impl!r}; expected one of {', '.join(IMPLS)}. {named.why_not}".rstrip())
     if impl == "interpret-tpu":
         races: Any = dict(detect_races=True, uninitialized_memory="nan")
-        return tpu.call(*given, pltpu.InterpretParams(**races))
+        return _with_derivatives(lambda *arrays: tpu.call(*arrays, pltpu.InterpretParams(**races)), plain)(*given)
     if impl not in ("auto", "xla"):
-        return named.call(*given, impl == "interpret-gpu")
+        return _with_derivatives(lambda *arrays: named.call(*arrays, impl == "interpret-gpu"), plain)(*given)
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual
     own = {} if tpu.why_not else {"tpu": tpu}
@@ -57,13 +57,18 @@ def run(where: str, impl: Impl, plain: Callable[..., Any], *given: Any, tpu: Ker
     if impl == "xla" or not own or not alone:
         return plain(*given)
     forms = {name: lambda *arrays, call=kernel.call: call(*arrays, False) for name, kernel in own.items()}
+    chosen = lambda *arrays: jax.lax.platform_dependent(*arrays, **forms, default=plain)
+    return _with_derivatives(chosen, plain)(*given)
 
-    @jax.custom_jvp  # kernels have no derivative of their own, and must not be asked for one where they are not lowered
-    def chosen(*given):
-        return jax.lax.platform_dependent(*given, **forms, default=plain)
 
-    chosen.defjvp(lambda given, dots: jax.jvp(plain, given, dots))
-    return chosen(*given)
+def _with_derivatives(form: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A form with the derivatives of XLA's: a kernel has none, and must not be asked for one where it is not lowered.
+
+    Where derivatives are taken, values are XLA's too: its form has to run for them anyway.
+    """
+    differentiable = jax.custom_jvp(form)
+    differentiable.defjvp(lambda given, dots: jax.jvp(plain, given, dots))
+    return differentiable
 
 
 def _on_hopper() -> bool:

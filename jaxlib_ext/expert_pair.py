@@ -110,22 +110,8 @@ def _launch(a, u, router, experts, interpret: Any = False) -> Mixed:
     )
 
 
-# 4. Operation: the kernel on a TPU, the reference elsewhere; backward always the reference's.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _op(a, u, router, experts, interpret: Any) -> Mixed:
-    return _launch(a, u, router, experts, interpret)
-
-
-def _forward(a, u, router, experts, interpret: Any):
-    return _op(a, u, router, experts, interpret), (a, u, router, experts)
-
-
-def _backward(interpret: Any, saved: Any, cotangents: Mixed):
-    return jax.vjp(reference, *saved)[1](cotangents)
-
-
-_op.defvjp(_forward, _backward)
-_once = jax.jit(_op, static_argnums=4)  # traced once, also where it is not lowered
+# 4. Operation: the kernel on a TPU, the reference elsewhere.
+_once = jax.jit(_launch, static_argnums=4)  # traced once, also where it is not lowered
 
 
 def expert_pair(

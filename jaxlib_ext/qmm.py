@@ -285,29 +285,10 @@ def _launch_gpu(x, planes, scale, bits, o: _Static, interpret: bool = False):
     return qmm_gpu.launch(x, planes, scale, bits, o.widths, switch, interpret=interpret)
 
 
-# 4. Operation: a kernel where there is one, the reference elsewhere; backward always the reference's.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _op(x, planes, scale, bits, o: _Static, launch: Any, interpret: Any):
-    return launch(x, planes, scale, bits, o, interpret)
-
-
-def _forward(x, planes, scale, bits, o: _Static, launch: Any, interpret: Any):
-    return _op(x, planes, scale, bits, o, launch, interpret), (x, planes, scale, bits)
-
-
-def _backward(o: _Static, launch: Any, interpret: Any, saved: Any, dy: Any):
-    x, planes, scale, bits = saved
-    _, back = jax.vjp(lambda x, scale: _plain(x, planes, scale, bits, o), x, scale)
-    dx, dscale = back(dy)
-    return dx, None, dscale, None
-
-
-_op.defvjp(_forward, _backward)
-_once = jax.jit(_op, static_argnums=(4, 5, 6))  # traced once for all layers, also where it is not lowered
-
-
+# 4. Operation: a kernel where there is one, the reference elsewhere.
+@functools.partial(jax.jit, static_argnums=(0, 1, 6))  # traced once for all layers, also where it is not lowered
 def _by_kernel(o: _Static, launch: Any, x, planes, scale, bits, interpret: Any):
-    return _once(x, planes, scale, bits, o, launch, interpret)
+    return launch(x, planes, scale, bits, o, interpret)
 
 
 def _plain(x, planes, scale, bits, o: _Static):

@@ -241,29 +241,10 @@ def _launch_gpu(q, k, v, mask, o: _Static, interpret: bool = False):
     return tree_attention_gpu.launch(*given, o.cap, o.bits, interpret=interpret)
 
 
-# 4. Operation: a kernel where there is one, the reference elsewhere; backward always the reference's.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _op(q, k, v, mask, o: _Static, launch: Any, interpret: Any):
-    return launch(q, k, v, mask, o, interpret)
-
-
-def _forward(q, k, v, mask, o: _Static, launch: Any, interpret: Any):
-    return _op(q, k, v, mask, o, launch, interpret), (q, k, v, mask)
-
-
-def _backward(o: _Static, launch: Any, interpret: Any, saved: Any, dy: Any):
-    q, k, v, mask = saved
-    if o.bits is not None:
-        return jax.vjp(lambda q: _plain(q, k, v, mask, o), q)[1](dy)[0], None, None, None
-    return *jax.vjp(lambda q, k, v: _plain(q, k, v, mask, o), q, k, v)[1](dy), None
-
-
-_op.defvjp(_forward, _backward)
-_once = jax.jit(_op, static_argnums=(4, 5, 6))  # traced once for all layers, also where it is not lowered
-
-
+# 4. Operation: a kernel where there is one, the reference elsewhere.
+@functools.partial(jax.jit, static_argnums=(0, 1, 6))  # traced once for all layers, also where it is not lowered
 def _by_kernel(o: _Static, launch: Any, q, k, v, mask, interpret: Any):
-    return _once(q, k, v, mask, o, launch, interpret)
+    return launch(q, k, v, mask, o, interpret)
 
 
 def _plain(q, k, v, mask, o: _Static):

@@ -75,8 +75,9 @@ def test_names_are_obeyed_or_refused_with_the_reason():
     np.testing.assert_allclose(run("test", "xla", PLAIN, jnp.zeros(1), tpu=TPU._replace(why_not="too large")), [1.0])
 
 
-def test_forward_derivatives_are_those_of_the_plain_form():
-    """Those of a gradient too: a kernel has none, and must not be asked for one where it is not lowered."""
+@pytest.mark.parametrize("impl", IMPLS)
+def test_derivatives_are_those_of_the_plain_form(impl):
+    """Forward, and of a gradient: a kernel has none, and must not be asked for one where it is not lowered."""
 
     @jax.custom_jvp
     def kernel(x):
@@ -86,7 +87,8 @@ def test_forward_derivatives_are_those_of_the_plain_form():
     def _(given, dots):
         raise NotImplementedError("a kernel was differentiated")
 
-    f = lambda x: run("test", "auto", PLAIN, x, tpu=Kernel(lambda x, interpret: kernel(x)))
+    kernels = dict.fromkeys(("tpu", "gpu"), Kernel(lambda x, interpret: kernel(x)))
+    f = lambda x: run("test", impl, PLAIN, x, **kernels)
     x, dot = jnp.float32(0.3), jnp.float32(2.0)
     np.testing.assert_allclose(jax.jvp(f, (x,), (dot,))[1], -2 * np.sin(0.3), rtol=1e-6)
     np.testing.assert_allclose(jax.jacfwd(jax.grad(f))(x), -np.cos(0.3), rtol=1e-6)
