@@ -1,11 +1,13 @@
 """What do the steps of large models hold on pods, and what bounds their time? Compiled for chips that are not here.
 
-Each line is a `jaxaroo plan`: memory is the compiler's account, times are bounds from published rates and no
-measurement. Needs libtpu (extra `aot`); a step of an 8B model for 64 chips compiles in one to three minutes on two
-cores, so the whole list takes an hour or more. Plans are remembered: a run that was stopped goes on where it was.
+Every kind of step of an 8B model on 64 chips, of a 70B model on 256, and of decoding on a few, for every kind of chip
+that the compiler knows. Each line is a `jaxaroo plan`: memory is the compiler's account, times are bounds from
+published rates and no measurement. Needs libtpu (extra `aot`); a step of an 8B model compiles in one to three minutes
+on two cores and one of 70B in up to ten, so the whole list takes a night. What was compiled is remembered: a run that
+was stopped goes on where it was, and one after a change compiles the programs that the change has changed.
 
     python -m benchmarks.plans
-    python -m benchmarks.plans --only sft preference
+    python -m benchmarks.plans --only sft preference --size 8b
 """
 
 import argparse
@@ -19,39 +21,56 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from benchmarks import record
 from jaxaroo.cli.plan import Request, answer
 
-KINDS = ("sft", "preference", "prm", "qat", "drafter", "early-exit")
-LARGE: dict[str, Any] = dict(seq=4096, remat="full")
-SMALL, BIG = (f"preset:llama3-{size}" for size in ("8b", "70b"))
-REQUESTS = [
-    *(Request(what=k, model=SMALL, topology="v5e:8x8", mesh="fsdp=16,tensor=4", batch=64, **LARGE) for k in KINDS),
-    *(
-        Request(what=k, model=SMALL, topology=t, mesh="fsdp=-1", batch=128, **LARGE)
-        for k in ("sft", "preference")
-        for t in ("v5p:4x4x4", "v6e:8x8", "tpu7x:4x4x4")
-    ),
-    Request(
-        **LARGE,
-        what="sft",
-        model=BIG,
-        topology="v5e:16x16",
-        mesh="fsdp=32,tensor=8",
-        batch=256,
-        micro_batches=8,
-    ),
-    *(
-        Request(what="decode", model=SMALL, topology="v5e:2x2", mesh="tensor=4", batch=8, seq=8192, nodes=n)
-        for n in (1, 8)
-    ),
-    Request(what="decode", model=BIG, topology="v5e:4x4", mesh="fsdp=2,tensor=8", batch=16, seq=8192),
-]
+KINDS = ("sft", "preference", "prm", "qat", "drafter", "early-exit", "rl")
+PODS = {  # a model: chips, their mesh, rows of a step and its parts
+    "8b": {
+        "v5e:8x8": ("fsdp=16,tensor=4", 64, 1),
+        "v5p:4x4x4": ("fsdp=-1", 128, 1),
+        "v6e:8x8": ("fsdp=-1", 128, 1),
+        "tpu7x:4x4x4": ("fsdp=-1", 128, 1),
+    },
+    "70b": {
+        "v5e:16x16": ("fsdp=32,tensor=8", 256, 8),
+        "v5p:4x8x8": ("fsdp=-1", 512, 1),
+        "v6e:16x16": ("fsdp=-1", 512, 1),
+        "tpu7x:4x8x8": ("fsdp=-1", 512, 1),
+    },
+}
+SERVERS = {  # a model: chips, devices along tensor, sequences at once
+    "8b": (("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"), 4, 8),
+    "70b": (("v5e:4x4", "v5p:2x2x4", "v6e:4x4", "tpu7x:2x2x4"), 8, 16),
+}
+DRAFTERS = (None, "eagle", "jakiro", "kangaroo")
+
+
+def requests(size: str) -> list[Request]:
+    """All that is asked about a model."""
+    model = f"preset:llama3-{size}"
+    chips, tensor, rows = SERVERS[size]
+    return [
+        *(
+            Request(what=k, model=model, topology=t, mesh=m, batch=n, micro_batches=parts, seq=4096, remat="full")
+            for t, (m, n, parts) in PODS[size].items()
+            for k in KINDS
+        ),
+        *(
+            Request(
+                what="decode", model=model, topology=t, mesh=f"fsdp=-1,tensor={tensor}", batch=rows, seq=8192, drafter=d
+            )
+            for t in chips
+            for d in DRAFTERS
+        ),
+    ]
 
 
 def main() -> None:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("--only", nargs="+", help="kinds of steps")
+    args.add_argument("--size", choices=[*PODS], help="of the model")
     opts = args.parse_args()
     result: dict[str, Any] = {"benchmark": "plans", "environment": record.environment(), "plans": []}
-    for request in REQUESTS:
+    asked = [request for size in PODS if opts.size in (None, size) for request in requests(size)]
+    for request in asked:
         if opts.only and request.what not in opts.only:
             continue
         try:
@@ -63,7 +82,7 @@ def main() -> None:
         held = f"{found.get('total', 0) / 2**30:.2f} GiB" + ("" if found["fits"] else ", does not fit")
         best = f", at best {limits['seconds']:.3g} s by {limits['bound_by']}" if limits else ""
         print(
-            f"{request.what} {request.model} {request.topology} {request.mesh}: {held}{best}",
+            f"{request.what} {request.drafter or ''} {request.model} {request.topology} {request.mesh}: {held}{best}",
             file=sys.stderr,
             flush=True,
         )

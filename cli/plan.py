@@ -39,6 +39,7 @@ class Request:
       algorithm: of `plan rl`.
       bits: of the weights, of `plan decode`: 16, or 8, 6, 4, 3, 2 on one device.
       nodes: of `plan decode`: tokens a row reads in a step, as many as a tree of guesses has.
+      drafter: of `plan decode`: a whole step of speculative decoding, with drafts of this kind.
     """
 
     what: tyro.conf.Positional[What]
@@ -54,6 +55,7 @@ class Request:
     algorithm: str = "grpo"
     bits: int = 16
     nodes: int = 1
+    drafter: Literal["lookup", "eagle", "jakiro", "kangaroo"] | None = None
 
 
 def plan(
@@ -112,21 +114,14 @@ def answer(request: Request, fresh: bool = False) -> dict[str, Any]:
       UsageError: for a mesh or settings that cannot be read.
       ValueError: for settings that do not go together.
     """
+    from ..sharding.plan import keep, read_kept
+
     config = _model(request.model)
     path = _remembered(request, config)
-    if path.exists() and not fresh:
-        try:
-            return json.loads(path.read_text(encoding="utf-8")) | {"remembered": True}
-        except ValueError:
-            pass  # half a file of a process that was killed
-    found = _compile(request, config)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(found), encoding="utf-8")
-        os.replace(part, path)
-    except OSError as e:  # a full disk, a home that cannot be written: what was compiled is worth more
-        print(f"plan: not remembered: {e}", file=sys.stderr)
+    if not fresh and (found := read_kept(path)) is not None:
+        return found | {"remembered": True}
+    found = _compile(request, config, None if fresh else path.parent / "compiled")
+    keep(path, found)
     return found | {"remembered": False}
 
 
@@ -145,19 +140,23 @@ def smaller(request: Request) -> Iterator[Request]:
 
 
 def other_meshes(request: Request) -> Iterator[Request]:
-    """All ways to share the devices out over fsdp and tensor that the model's heads divide."""
+    """Ways to share the devices out over fsdp, tensor (which divides the heads) and, of rows that are learned from,
+    sequence (which divides their tokens); those that cut rows last, the fewest pieces first."""
     from ..sharding.topology import devices_of
 
     devices, heads = len(devices_of(request.topology)), _model(request.model).num_kv_heads
     asked = _sizes(request.mesh, devices)
-    for tensor in (n for n in range(heads, 0, -1) if heads % n == 0 and devices % n == 0):
-        mesh = f"fsdp={devices // tensor},tensor={tensor}"
-        if _sizes(mesh, devices) != asked:
-            yield dataclasses.replace(request, mesh=mesh)
+    pieces = [1] if request.what == "decode" else [n for n in range(1, devices + 1) if request.seq % n == 0]
+    for sequence in pieces:
+        for tensor in (n for n in range(heads, 0, -1) if heads % n == 0 and devices % (n * sequence) == 0):
+            mesh = f"fsdp={devices // (tensor * sequence)},tensor={tensor}"
+            mesh += f",sequence={sequence}" if sequence > 1 else ""
+            if _sizes(mesh, devices) != asked:
+                yield dataclasses.replace(request, mesh=mesh)
 
 
 # ----------------------------------------------------------------------------------------------------------- private
-def _compile(request: Request, config: Any) -> dict[str, Any]:
+def _compile(request: Request, config: Any, kept: Path | None) -> dict[str, Any]:
     from ..sharding.mesh import MeshConfig, make_mesh
     from ..sharding.topology import CHIPS, devices_of
 
@@ -170,11 +169,15 @@ def _compile(request: Request, config: Any) -> dict[str, Any]:
         raise UsageError(str(e)) from e
     mesh = make_mesh(MeshConfig(**({"fsdp": 1} | _sizes(request.mesh))), devices)
     if request.what == "decode":
-        from ..infer.plan import plan_decoding
+        from ..infer.plan import plan_decoding, plan_speculation
 
-        found = plan_decoding(
-            config, mesh, chip, rows=request.batch, capacity=request.seq, nodes=request.nodes, bits=request.bits
-        )
+        sizes: Any = dict(rows=request.batch, capacity=request.seq, kept=kept)
+        if request.drafter is None:
+            found = plan_decoding(config, mesh, chip, nodes=request.nodes, bits=request.bits, **sizes)
+        elif (request.nodes, request.bits) != (1, 16):
+            raise UsageError("plan decode: --drafter with --nodes or --bits; expected one of them.")
+        else:
+            found = plan_speculation(config, mesh, chip, drafter=request.drafter, **sizes)
         tokens = request.batch * request.nodes
     else:
         from ..train.algorithms import RlOptions
@@ -191,10 +194,10 @@ def _compile(request: Request, config: Any) -> dict[str, Any]:
             adapters=request.adapters,
         )
         if kind == "rl":
-            found = plan_updates(cfg, RlOptions(algorithm=request.algorithm), config, mesh, chip)
+            found = plan_updates(cfg, RlOptions(algorithm=request.algorithm), config, mesh, chip, kept)
         else:
             chosen = PreferenceOptions(objective=request.objective) if kind == "preference" else None
-            found = plan_training(kind, cfg, chosen or RECIPES[kind].options(), config, mesh, chip)
+            found = plan_training(kind, cfg, chosen or RECIPES[kind].options(), config, mesh, chip, kept)
         tokens = request.batch * request.seq
     row = found._asdict() | {"devices": mesh.size, "tokens": tokens, "bounds": None}
     if found.bounds is not None:
@@ -275,7 +278,8 @@ def _difference(one: Request, other: Request) -> str:
 
 
 def _words(request: Request, found: dict[str, Any]) -> str:
-    what = request.what + (f" ({request.objective})" if request.what == "preference" else "")
+    detail = {"preference": request.objective, "rl": request.algorithm, "decode": request.drafter}.get(request.what)
+    what = request.what + (f" ({detail})" if detail else "")
     lines = [f"{what} of {request.model} on {request.topology}, {found['devices']} devices, {request.mesh}"]
     fits = "fits" if found["fits"] else "DOES NOT FIT"
     total, room = found["total"] / GIB, found["available"] / GIB

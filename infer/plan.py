@@ -1,12 +1,15 @@
-"""A decoding step in the abstract: what `jaxaroo plan decode` compiles for chips that are not here."""
+"""Decoding steps in the abstract: what `jaxaroo plan decode` compiles for chips that are not here."""
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ..models import eagle, jakiro, kangaroo
 from ..models.cache import KVCache
 from ..models.decoder import (
     DecoderConfig,
@@ -22,13 +25,28 @@ from ..models.quantise import QuantConfig
 from ..sharding.mesh import batch_ways
 from ..sharding.plan import Plan, plan
 from ..sharding.rules import FSDP_TP, divisible
+from .decode import Rows
+from .sampling import Sampling, pack_sampling
+from .speculative import loop, verify
+from .speculative.drafters import lookup
+from .speculative.load import drafter_params, with_drafter
+from .speculative.settings import SpeculationConfig
 
 RULES = dataclasses.replace(FSDP_TP, embed=None)  # weights lie whole along fsdp: a step would gather all of them
 WIDTHS = (8, 6, 4, 3, 2)
+DRAFTERS = ("lookup", "eagle", "jakiro", "kangaroo")
 
 
 def plan_decoding(
-    config: DecoderConfig, mesh: Mesh, chip: str, *, rows: int, capacity: int, nodes: int = 1, bits: int = 16
+    config: DecoderConfig,
+    mesh: Mesh,
+    chip: str,
+    *,
+    rows: int,
+    capacity: int,
+    nodes: int = 1,
+    bits: int = 16,
+    kept: Path | None = None,
 ) -> Plan:
     """Compile one step of decoding: the next tokens of every row, or the judgement of a tree of guesses.
 
@@ -40,6 +58,7 @@ def plan_decoding(
       capacity: rows of the cache of each.
       nodes: tokens of a row that are read in one step; 1 is plain decoding.
       bits: of the matrices of the layers, 16 or one of `WIDTHS`; fewer than 16 on one device alone.
+      kept: as `sharding.plan.plan` takes it.
 
     Raises:
       ValueError: for rows that the mesh does not divide, or widths that it does not serve.
@@ -47,9 +66,7 @@ def plan_decoding(
     if bits != 16 and (bits not in WIDTHS or mesh.size > 1):
         found = f"bits={bits} on {mesh.size} devices"
         raise ValueError(f"plan decode: {found}; expected 16, or one of {WIDTHS} on one device.")
-    ways, words = batch_ways(mesh, RULES)
-    if rows % ways:
-        raise ValueError(f"plan decode: {rows} rows on the parts {words}; expected a multiple of {ways}.")
+    _check_rows(mesh, rows)
     cfg = dataclasses.replace(config, dtype="bfloat16")
     weights, cache = _weights(cfg, mesh, bits), _cache(cfg, mesh, rows, capacity)
     spec = divisible(RULES.spec("batch", None), (rows, nodes), mesh.shape, "tokens")
@@ -62,7 +79,64 @@ def plan_decoding(
     places = jax.tree.map(lambda x: x.sharding, cache)
     run = jax.jit(step, donate_argnums=3, out_shardings=(None, places))
     parts = {"parameters": weights, "cache": cache, "tokens": (tokens, tokens)}
-    return plan(run, (weights, tokens, tokens, cache), parts, mesh, chip)
+    return plan(run, (weights, tokens, tokens, cache), parts, mesh, chip, kept=kept)
+
+
+def plan_speculation(
+    config: DecoderConfig,
+    mesh: Mesh,
+    chip: str,
+    *,
+    rows: int,
+    capacity: int,
+    drafter: str,
+    kept: Path | None = None,
+    **settings: Any,
+) -> Plan:
+    """Compile one step of speculative decoding: the drafter proposes, the target judges, a path is kept.
+
+    Its drafter is trained on no text: shapes say all that a plan needs. The walk down a tree ends when the rule does,
+    so what it does once is counted once.
+
+    Args:
+      config: of the target; activations, cache and weights are bfloat16.
+      mesh: as for `plan_decoding`; a drafter lies as its target does.
+      chip: a key of `topology.CHIPS`.
+      rows: sequences that are decoded at once.
+      capacity: rows of the cache of each.
+      drafter: one of `DRAFTERS`.
+      kept: as `sharding.plan.plan` takes it.
+      settings: others of `SpeculationConfig`.
+
+    Raises:
+      ValueError: for rows that the mesh does not divide, another drafter, or settings that do not go together.
+    """
+    if drafter not in DRAFTERS:
+        raise ValueError(f"plan decode: drafter={drafter!r}; expected one of {', '.join(DRAFTERS)}.")
+    _check_rows(mesh, rows)
+    cfg = dataclasses.replace(config, dtype="bfloat16")
+    asked, rule = SpeculationConfig(drafter=drafter, **settings), verify.coupled()
+    if drafter == "lookup":
+        drafting, own = lookup.make_drafter(asked.drafts), ()
+    else:
+        network, init, axes = _network(drafter, cfg)
+        drafting = with_drafter(asked, network)
+        own = jax.eval_shape(lambda: jax.tree.map(_half, init(network, jax.random.key(0))))
+        places = RULES.shardings(mesh, axes(network), own)
+        own = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), own, places)
+        own = drafter_params(asked, network, own)
+    weights = loop.Weights(_weights(cfg, mesh, 16), own, ())
+    ints: Any = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    sampling = jax.eval_shape(lambda: pack_sampling([(Sampling(), 0, 0)] * rows, 0, cfg.vocab_size))
+    asked_of = Rows(sampling, ints(rows), ints(rows), ints(rows, 1))
+    begun = lambda *given: loop.prefill(cfg, given[0], drafting, *given[1:], chunk=capacity)
+    state = _by_rows(jax.eval_shape(begun, weights, ints(rows, capacity), asked_of), mesh)
+    asked_of = _by_rows(asked_of, mesh)
+    step = lambda weights, state, rows: loop.one_step(cfg, weights, drafting, rule, state, rows, "raw")
+    run = jax.jit(step, donate_argnums=1, out_shardings=jax.tree.map(lambda x: x.sharding, state))
+    parts = {"parameters": weights.target, "drafter": own, "cache": state.rows.cache}
+    parts |= {"state": (state._replace(rows=state.rows._replace(cache=None)), asked_of)}
+    return plan(run, (weights, state, asked_of), parts, mesh, chip, kept=kept)
 
 
 # ----------------------------------------------------------------------------------------------------------- private
@@ -91,10 +165,39 @@ def _weights(cfg: DecoderConfig, mesh: Mesh, bits: int) -> Any:
     return held | {"layers": (layer,) * cfg.num_layers}
 
 
+def _network(drafter: str, cfg: DecoderConfig) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
+    """A drafter's network with the settings of its paper, its parameters and their axes."""
+    if drafter == "eagle":
+        return eagle.EagleConfig(target=cfg), eagle.init_params, eagle.param_axes
+    if drafter == "jakiro":
+        return jakiro.JakiroConfig(target=cfg), jakiro.init_params, jakiro.param_axes
+    exits = max(1, (cfg.num_layers + 8) // 16)  # as published, 2 of a 7B model's 32 layers and 3 of a 13B one's 40
+    return kangaroo.KangarooConfig(target=cfg, exit_layer=exits), kangaroo.init_params, kangaroo.param_axes
+
+
+def _check_rows(mesh: Mesh, rows: int) -> None:
+    ways, words = batch_ways(mesh, RULES)
+    if rows % ways:
+        raise ValueError(f"plan decode: {rows} rows on the parts {words}; expected a multiple of {ways}.")
+
+
+def _half(x: Any) -> Any:
+    return x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
 def _cache(cfg: DecoderConfig, mesh: Mesh, rows: int, capacity: int) -> Any:
-    def one(x: Any) -> jax.ShapeDtypeStruct:
-        names = ("batch", None, "kv_heads", None)[: x.ndim]
-        spec = divisible(RULES.spec(*names), x.shape, mesh.shape, "cache")
+    return _by_rows(jax.eval_shape(lambda: new_cache(cfg, rows, capacity)), mesh)
+
+
+def _by_rows(tree: Any, mesh: Mesh) -> Any:
+    """Rows of a batch along data and fsdp, and heads of caches along tensor."""
+
+    def one(names: tuple[str | None, ...], x: Any) -> jax.ShapeDtypeStruct:
+        spec = divisible(RULES.spec(*names[: x.ndim]), x.shape, mesh.shape, "state")
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(one, jax.eval_shape(lambda: new_cache(cfg, rows, capacity)))
+    def each(x: Any) -> Any:
+        cached = isinstance(x, KVCache)
+        return jax.tree.map(lambda leaf: one(("batch", None, "kv_heads" if cached else None, None), leaf), x)
+
+    return jax.tree.map(each, tree, is_leaf=lambda x: isinstance(x, KVCache))

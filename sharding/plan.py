@@ -5,11 +5,18 @@ traced program; collectives in the compiled one, where the compiler has put them
 beside its loops. What comes out are bounds from published rates: no step can be faster, and a real one is slower.
 """
 
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
 import math
+import os
 import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +25,7 @@ from jax.sharding import Mesh
 
 from .topology import CHIPS, Chip, is_program
 
+_log = logging.getLogger(__name__)
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _TALK = rf"= (.*?) ({'|'.join(KINDS)})(-start)?\("
 
@@ -50,7 +58,13 @@ class Plan(NamedTuple):
 
 
 def plan(
-    step: Any, given: tuple[Any, ...], parts: Mapping[str, Any], mesh: Mesh, chip: str, useful: Any = None
+    step: Any,
+    given: tuple[Any, ...],
+    parts: Mapping[str, Any],
+    mesh: Mesh,
+    chip: str,
+    useful: Any = None,
+    kept: Path | None = None,
 ) -> Plan:
     """Compile a jitted step for a mesh of chips that need not be here.
 
@@ -61,31 +75,81 @@ def plan(
       mesh: of devices of `topology.devices_of`.
       chip: a key of `topology.CHIPS`.
       useful: a step that does the same without computing anything twice; this one if not given.
+      kept: a folder of what compilers said before. The same program for the same devices is compiled once, whatever
+        else has changed in the code that makes it.
     """
     rates, arguments = CHIPS[chip], {name: bytes_of(tree) for name, tree in parts.items()}
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), warnings.catch_warnings():  # nothing runs on it
         warnings.filterwarnings("ignore", message=".*persistent compilation cache")
         work = work_of(step, *given)
         needed = work if useful is None else work_of(useful, *given)
-        start = time.perf_counter()
         lowered = step.trace(*given).lower(lowering_platforms=("tpu",))
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as e:
-            if "RESOURCE_EXHAUSTED" not in str(e):
-                raise
-            took = time.perf_counter() - start
-            wanted, available = _wanted(str(e), rates)
-            total = sum(arguments.values()) + wanted if "temporaries" in str(e) else wanted
-            found = (False, str(e)[:400], available, total, arguments, max(0, total - sum(arguments.values())))
-            return Plan(*found, work.open_loops, work.flops, None, {}, took)
+        path = None if kept is None else kept / f"{_name(lowered.as_text(), mesh)}.json"
+        heard = read_kept(path)
+        if heard is None:
+            heard = _compile(lowered, mesh, work.open_loops)
+            if path is not None:
+                keep(path, heard)
+    said, took, collectives = heard["said"], heard["seconds"], heard["collectives"]
+    if said:
+        wanted, available = _wanted(said, rates)
+        total = sum(arguments.values()) + wanted if "temporaries" in said else wanted
+        found = (False, said[:400], available, total, arguments, max(0, total - sum(arguments.values())))
+        return Plan(*found, work.open_loops, work.flops, None, {}, took)
+    held, temporaries = heard["held"], heard["temporaries"]
+    total, moved = held + temporaries, held + 2 * temporaries  # what is updated in place, at least once
+    limits = bounds(rates, mesh.devices.size, work.flops, needed.flops, moved, collectives)
+    found = (total <= rates.memory, "", rates.memory, total, arguments, temporaries)
+    return Plan(*found, work.open_loops, work.flops, limits, collectives, took)
+
+
+def _compile(lowered: Any, mesh: Mesh, open_loops: int) -> dict[str, Any]:
+    """What the compiler says of a program: what it refuses, or bytes of a device and talk."""
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        return {"said": str(e)[:4000], "seconds": time.perf_counter() - start, "collectives": {}}
     took, memory = time.perf_counter() - start, compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    total, collectives = held + memory.temp_size_in_bytes, collective_bytes(compiled.as_text(), mesh)
-    moved = held + 2 * memory.temp_size_in_bytes  # what is updated in place, at least once
-    limits = bounds(rates, mesh.devices.size, work.flops, needed.flops, moved, collectives)
-    found = (total <= rates.memory, "", rates.memory, total, arguments, memory.temp_size_in_bytes)
-    return Plan(*found, work.open_loops, work.flops, limits, collectives, took)
+    found = {"said": "", "seconds": took, "held": held, "temporaries": memory.temp_size_in_bytes}
+    return found | {"collectives": collective_bytes(compiled.as_text(), mesh, open_loops)}
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+def read_kept(path: Path | None) -> Any:
+    """Plain numbers that were kept; None if there are none, or half a file of a process that was killed."""
+    try:
+        return None if path is None else json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def keep(path: Path, found: Any) -> None:
+    """Write plain numbers, whole or not at all; what cannot be kept, of a full disk or a home of others, is said."""
+    part = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(found), encoding="utf-8")
+        os.replace(part, path)
+    except OSError as e:  # what was compiled is worth more
+        _log.warning("plan: not remembered: %s", e)
+
+
+def _name(program: str, mesh: Mesh) -> str:
+    """Of a program for devices, by all that its compiler sees, and by how it is read here.
+
+    Where in our files a kernel's lines stand changes with every edit above them, and nothing that is compiled.
+    """
+    program = re.sub(r"debug_locations\\22: \\22[^\\]*", "", program)
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        program += importlib.metadata.version("libtpu")
+    places = [(d.device_kind, getattr(d, "coords", d.id)) for d in mesh.devices.flat]
+    own = Path(__file__).read_text(encoding="utf-8")
+    parts = repr([jax.__version__, mesh.axis_names, mesh.devices.shape, places, own])
+    return hashlib.sha256((parts + program).encode()).hexdigest()[:32]
 
 
 def _wanted(said: str, chip: Chip) -> tuple[int, int]:
@@ -156,7 +220,7 @@ def _branch(params: Mapping[str, Any], branches: list[Any]) -> list[Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------- collectives
-def collective_bytes(text: str, mesh: Mesh) -> dict[str, dict[str, float]]:
+def collective_bytes(text: str, mesh: Mesh, open_loops: int = 0) -> dict[str, dict[str, float]]:
     """Bytes that one device sends, by the mesh axes that talk ("fsdp", "data+fsdp") and by the kind of talk.
 
     Of n devices in a ring: a gather or a scatter of B bytes in all sends (n - 1) / n B, a sum twice that.
@@ -165,12 +229,10 @@ def collective_bytes(text: str, mesh: Mesh) -> dict[str, dict[str, float]]:
       text: compiled HLO, `compiled.as_text()`.
       mesh: that the program was compiled for.
 
-    Raises:
-      ValueError: for a loop without a trip count around collectives.
     """
     bodies, entry = _computations(text)
     found: dict[str, dict[str, float]] = {}
-    for line, times, cut in _talk(bodies, entry):
+    for line, times, cut in _talk(bodies, entry, open_loops > 0):
         shape, kind, started = re.search(_TALK, line).groups()  # type: ignore[union-attr]
         sizes = [_bytes(piece) for piece in re.findall(r"(\w+)\[([\d,]*)\]", shape)]
         if started and kind != "all-reduce":  # a pair of what goes in and what comes out, and perhaps counters
@@ -187,7 +249,7 @@ def collective_bytes(text: str, mesh: Mesh) -> dict[str, dict[str, float]]:
     return found
 
 
-def _talk(bodies: Mapping[str, list[str]], entry: str) -> Iterator[tuple[str, float, bool]]:
+def _talk(bodies: Mapping[str, list[str]], entry: str, open_loops: bool) -> Iterator[tuple[str, float, bool]]:
     """Collectives, how often each happens, and whether it is a sum of which every device keeps a part alone.
 
     One that is begun in a fusion, goes on in others while a loop runs, and is awaited in a last one stands in all of
@@ -195,7 +257,7 @@ def _talk(bodies: Mapping[str, list[str]], entry: str) -> Iterator[tuple[str, fl
     part there, which a TPU does as a scatter.
     """
     pieces: dict[tuple[str, str], list[tuple[str, float, bool]]] = {}
-    for line, times, within in _run(bodies, entry, 1.0):
+    for line, times, within in _run(bodies, entry, 1.0, open_loops):
         match, channel = re.search(_TALK, line), re.search(r"channel_id=(\d+)", line)
         found = line, times, within.startswith("all-reduce-scatter")
         if match and channel and within:
@@ -220,7 +282,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _run(bodies: Mapping[str, list[str]], name: str, times: float, within: str = ""):
+def _run(bodies: Mapping[str, list[str]], name: str, times: float, open_loops: bool, within: str = ""):
     """Every line that runs, how often, and within which fusion. A computation runs once a call, a loop's as often as
     it says."""
     for line in bodies.get(name, []):
@@ -229,13 +291,13 @@ def _run(bodies: Mapping[str, list[str]], name: str, times: float, within: str =
         several = re.search(r"branch_computations=\{([^}]*)\}", line)
         called += [x.strip().lstrip("%") for x in several[1].split(",")] if several else []
         if " while(" in line:
-            trips, inner = _trips(bodies, line), [*_run(bodies, called[0], 1.0)] if called else []
-            if trips is None and any(re.search(_TALK, x) for x, _, _ in inner):
+            trips, inner = _trips(bodies, line), [*_run(bodies, called[0], 1.0, open_loops)] if called else []
+            if trips is None and not open_loops and any(re.search(_TALK, x) for x, _, _ in inner):
                 raise ValueError(f"collective_bytes: a loop around collectives has no fixed length: {line[:200]}")
             yield from ((x, times * (trips or 1) * n, within or fused) for x, n, fused in inner)
         else:
             for one in called:
-                yield from _run(bodies, one, times, within or (one if " fusion(" in line else ""))
+                yield from _run(bodies, one, times, open_loops, within or (one if " fusion(" in line else ""))
 
 
 def _trips(bodies: Mapping[str, list[str]], line: str) -> float | None:

@@ -25,7 +25,9 @@ from .run import RULES, RunConfig, state_shapes, step_of
 KINDS = tuple(name for name in RECIPES if name != "acceptance")  # its drafter stands in a folder
 
 
-def plan_training(kind: str, cfg: RunConfig, options: Any, config: DecoderConfig, mesh: Mesh, chip: str) -> Plan:
+def plan_training(
+    kind: str, cfg: RunConfig, options: Any, config: DecoderConfig, mesh: Mesh, chip: str, kept: Path | None = None
+) -> Plan:
     """Compile the step that a run of these settings makes, from shapes alone.
 
     Args:
@@ -35,6 +37,7 @@ def plan_training(kind: str, cfg: RunConfig, options: Any, config: DecoderConfig
       config: of the model.
       mesh: of devices of `topology.devices_of`.
       chip: a key of `topology.CHIPS`.
+      kept: as `sharding.plan.plan` takes it.
 
     Raises:
       ValueError: for a batch that the mesh does not divide, or settings that do not go together.
@@ -49,10 +52,12 @@ def plan_training(kind: str, cfg: RunConfig, options: Any, config: DecoderConfig
     parts = {"parameters": state.params, "optimiser": state.opt_state, "frozen": state.frozen, "mean": state.ema}
     parts |= {"reference": state.carry, "batch": window}
     step, straight = build(cfg), build(dataclasses.replace(cfg, remat="none"))
-    return plan(step, (state, window), parts, mesh, chip, useful=straight)
+    return plan(step, (state, window), parts, mesh, chip, useful=straight, kept=kept)
 
 
-def plan_updates(cfg: RunConfig, options: RlOptions, config: DecoderConfig, mesh: Mesh, chip: str) -> Plan:
+def plan_updates(
+    cfg: RunConfig, options: RlOptions, config: DecoderConfig, mesh: Mesh, chip: str, kept: Path | None = None
+) -> Plan:
     """Compile the first update of a step of `train rl`, which learns from answers that were sampled elsewhere.
 
     Args:
@@ -61,6 +66,7 @@ def plan_updates(cfg: RunConfig, options: RlOptions, config: DecoderConfig, mesh
       config: of the model.
       mesh: of devices of `topology.devices_of`.
       chip: a key of `topology.CHIPS`.
+      kept: as `sharding.plan.plan` takes it.
 
     Raises:
       ValueError: for a batch that the mesh does not divide.
@@ -81,7 +87,7 @@ def plan_updates(cfg: RunConfig, options: RlOptions, config: DecoderConfig, mesh
     parts = {"parameters": state.params, "optimiser": state.opt_state, "frozen": state.frozen}
     parts |= {"reference": state.carry, "batch": rollout}
     straight = build(dataclasses.replace(asked, remat="none"))
-    return plan(build(asked), (state, rollout), parts, mesh, chip, useful=straight)
+    return plan(build(asked), (state, rollout), parts, mesh, chip, useful=straight, kept=kept)
 
 
 def window_shapes(cfg: RunConfig, mesh: Mesh, more: tuple[str, ...] = ()) -> Batch:

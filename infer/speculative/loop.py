@@ -199,7 +199,7 @@ def decode(
 
     def step(carry: tuple[jax.Array, SpeculativeState]) -> tuple[jax.Array, SpeculativeState]:
         i, state = carry
-        return i + 1, _step(cfg, weights, drafter, verifier, state, rows, mode)
+        return i + 1, one_step(cfg, weights, drafter, verifier, state, rows, mode)
 
     return jax.lax.while_loop(running, step, (jnp.int32(0), state._replace(rows=base)))[1]
 
@@ -295,13 +295,22 @@ def judge_nodes(cfg: DecoderConfig, target: Params, drafter: Drafter, tree: Draf
     return out.hidden, out.collected, out.cache
 
 
-# ----------------------------------------------------------------------------------------------------------- private
-def _step(cfg, weights: Weights, drafter, verifier, state: SpeculativeState, rows: Rows, mode) -> SpeculativeState:
+def one_step(
+    cfg: DecoderConfig,
+    weights: Weights,
+    drafter: Drafter,
+    verifier: Verifier,
+    state: SpeculativeState,
+    rows: Rows,
+    mode: LogprobsMode,
+) -> SpeculativeState:
+    """Draft, judge, commit."""
     tree, drafting, cache = draft(weights, drafter, state, rows)
     judged = judge(cfg, weights, drafter, verifier, state.rows._replace(cache=cache), rows, tree, mode)
     return commit(weights, drafter, drafting, state.tally, judged, rows)
 
 
+# ----------------------------------------------------------------------------------------------------------- private
 def _walk(cfg, weights: Weights, drafter, verifier, state: DecodeState, rows: Rows, tree, hidden, mode):
     """Follow the rule from the root down, emitting as plain decoding does."""
     z = lm_head(cfg, weights.target, hidden)  # [B, C, V]

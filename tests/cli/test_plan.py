@@ -1,5 +1,6 @@
 """`jaxaroo plan`."""
 
+import dataclasses
 import json
 import re
 from typing import get_args
@@ -39,7 +40,7 @@ def test_a_step_is_accounted_for_and_remembered(run, libtpu, monkeypatch, tmp_pa
     assert json.loads(path.read_text())["fits"]
 
 
-def pretended(request, config):
+def pretended(request, config, kept):
     """A compiler that lets a step fit which computes everything twice, in four parts."""
     fits = request.remat == "full" and request.micro_batches >= 4 and "tensor=1" not in request.mesh
     limits = dict(products=2.0, memory=1.0, links={}, seconds=2.0, bound_by="products", most_utilisation=0.5)
@@ -81,19 +82,43 @@ def test_the_compiler_says_what_does_not_fit_and_searched_meshes_are_ranked(run,
     assert [float(row[2]) for row in rows] == sorted(float(row[2]) for row in rows)
 
 
+def test_meshes_that_cut_rows_come_last_and_never_of_a_cache(libtpu):
+    ask = module.Request(what="sft", model="preset:tiny", topology="v5e:2x2", mesh="fsdp=2,tensor=2", seq=64)
+    assert [r.mesh for r in module.other_meshes(ask)] == [
+        "fsdp=4,tensor=1",
+        "fsdp=1,tensor=2,sequence=2",
+        "fsdp=2,tensor=1,sequence=2",
+        "fsdp=1,tensor=1,sequence=4",
+    ]
+    assert [r.mesh for r in module.other_meshes(dataclasses.replace(ask, seq=63))] == ["fsdp=4,tensor=1"]
+    assert [r.mesh for r in module.other_meshes(dataclasses.replace(ask, what="decode"))] == ["fsdp=4,tensor=1"]
+
+
+@pytest.mark.aot
+def test_a_whole_step_of_speculative_decoding_is_asked_for_by_its_drafter(run, libtpu):
+    ask = ("plan", "decode", "--model", "preset:tiny", "--topology", "v5e:1x1", "--batch", 2, "--seq", 256)
+    status, out, err = run(*ask, "--drafter", "kangaroo")
+    assert status == 0, err
+    assert out.startswith("decode (kangaroo) of preset:tiny")
+    assert re.search(r"\n  drafter +0\.\d+ GiB", out)
+    assert "loops run as long as the data say, and are counted once" in out
+    status, _, err = run(*ask, "--drafter", "kangaroo", "--nodes", 8)
+    assert (status, "--drafter with --nodes or --bits; expected one of them" in err) == (2, True)
+
+
 def test_all_kinds_that_can_be_planned_can_be_asked_for():
     from jaxaroo.train.plan import KINDS
 
     assert {*get_args(module.What)} == {*KINDS, "rl", "decode"}
 
 
-def test_a_plan_that_cannot_be_remembered_is_told_all_the_same(run, libtpu, monkeypatch, tmp_path):
+def test_a_plan_that_cannot_be_remembered_is_told_all_the_same(run, libtpu, monkeypatch, tmp_path, caplog):
     (tmp_path / "jaxaroo").write_text("a file where the folder should be")
     monkeypatch.setattr(module, "_compile", pretended)
-    status, out, err = run("plan", "sft", "--model", "preset:tiny", "--topology", "v5e:2x2", "--tries", 0)
+    status, out, _ = run("plan", "sft", "--model", "preset:tiny", "--topology", "v5e:2x2", "--tries", 0)
     assert status == 1
     assert "DOES NOT FIT" in out
-    assert "plan: not remembered: " in err
+    assert "plan: not remembered: " in caplog.text
 
 
 @pytest.mark.errors

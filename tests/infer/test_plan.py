@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 
-from jaxaroo.infer.plan import plan_decoding
+from jaxaroo.infer.plan import DRAFTERS, plan_decoding, plan_speculation
 from jaxaroo.models.decoder import param_shapes
 from jaxaroo.models.presets import preset
 from jaxaroo.sharding.mesh import MeshConfig, make_mesh
@@ -44,6 +44,32 @@ def test_fewer_bits_are_fewer_bytes(libtpu):
     assert not found[4].collectives
 
 
+@pytest.mark.aot
+def test_a_step_of_speculation_is_the_drafters_products_and_the_targets(libtpu):
+    """By hand: every node is read once by the target's layers and head, a few by the drafter."""
+    mesh = make_mesh(MeshConfig(fsdp=1, tensor=2), devices_of("v5e:2x1"))
+    cfg, S, B = SMALL, 256, 2
+    D, N, K, H, F, V = cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.ffn_dim, cfg.vocab_size
+    attend, layer = 2 * S * N * H, D * H * (2 * N + 2 * K) + 3 * D * F
+    block = lambda tokens: 2 * B * tokens * (layer + attend)
+    head = lambda tokens: 2 * B * tokens * D * V
+    asked = dict(rows=B, capacity=S, drafts=6, nodes=16, beam=4, levels=3)
+    found = {name: plan_speculation(cfg, mesh, "v5e", drafter=name, **asked) for name in DRAFTERS}
+    L = cfg.num_layers
+    assert found["lookup"].flops == pytest.approx(L * block(7) + head(7))
+    assert found["lookup"].arguments["drafter"] == 0
+    tree = L * block(16) + head(16)  # what the target does; the drafter reads 2 levels of 4, then the path of 4
+    eagle = block(12) + 2 * B * 12 * 2 * D * D + head(1 + 8)
+    assert found["eagle"].flops == pytest.approx(tree + eagle, rel=0.01)
+    for one in found.values():
+        assert one.fits
+        assert one.open_loops >= 1  # the walk
+        assert one.collectives["tensor"]
+        assert one.arguments["cache"] == found["lookup"].arguments["cache"]
+        assert one.arguments["parameters"] == found["lookup"].arguments["parameters"]
+    assert 0 < found["jakiro"].arguments["drafter"] < found["eagle"].arguments["drafter"]  # small experts
+
+
 @pytest.mark.errors
 def test_widths_and_rows_that_are_not_served_are_refused():
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
@@ -51,3 +77,7 @@ def test_widths_and_rows_that_are_not_served_are_refused():
         plan_decoding(SMALL, mesh, "v5e", rows=4, capacity=64, bits=4)
     with pytest.raises(ValueError, match="3 rows on the parts data=1 x fsdp=4 = 4"):
         plan_decoding(SMALL, mesh, "v5e", rows=3, capacity=64)
+    with pytest.raises(ValueError, match="drafter='medusa'; expected one of lookup, eagle"):
+        plan_speculation(SMALL, mesh, "v5e", rows=4, capacity=64, drafter="medusa")
+    with pytest.raises(ValueError, match="3 rows on the parts data=1 x fsdp=4 = 4"):
+        plan_speculation(SMALL, mesh, "v5e", rows=3, capacity=64, drafter="lookup")

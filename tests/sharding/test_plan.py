@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxaroo.sharding import plan as module
 from jaxaroo.sharding.mesh import MeshConfig, make_mesh
 from jaxaroo.sharding.plan import bounds, bytes_of, collective_bytes, plan, work_of
 from jaxaroo.sharding.topology import CHIPS, devices_of
@@ -107,6 +108,13 @@ def test_groups_are_read_in_every_spelling_and_loops_end_where_their_condition_s
     assert found == {axis: {"all-reduce": pytest.approx(4 * 2 * (n - 1) / n * 32)}}
 
 
+def test_a_loop_as_long_as_the_data_say_counts_once():
+    mesh, text = make_mesh(MeshConfig(fsdp=4, tensor=2)), HEAD.replace("WHO", "[1,8]<=[8]")
+    open_loop = collective_bytes(text.replace("direction=LT", "direction=NE"), mesh, open_loops=1)
+    assert open_loop == {"fsdp+tensor": {"all-reduce": pytest.approx(2 * 7 / 8 * 32)}}
+    assert collective_bytes(text, mesh, open_loops=1) == {"fsdp+tensor": {"all-reduce": pytest.approx(4 * 56)}}
+
+
 def test_what_is_begun_goes_on_in_a_loop_and_is_awaited_counts_once_and_a_permutation_is_what_is_sent():
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     text = """
@@ -190,3 +198,38 @@ def test_a_program_for_chips_that_are_not_here_is_accounted_for(libtpu):
     assert over.bounds is None
     assert over.total >= 2 * 2**34 // 2
     assert np.isclose(over.available, 15.75 * 2**30, rtol=0.02)
+
+
+@pytest.mark.aot
+def test_the_same_program_for_the_same_chips_is_compiled_once(libtpu, tmp_path, monkeypatch):
+    """Whatever it is called, and whatever else has changed; another program, or other chips, are another matter."""
+
+    def asked(scale, layout="v5e:1x1", of=1 << 10):
+        mesh = make_mesh(MeshConfig(fsdp=1), devices_of(layout))
+        x = jax.ShapeDtypeStruct((of, of), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+        f = jax.jit(lambda x: scale * x @ x)
+        return plan(f, (x,), {"all": x}, mesh, layout.partition(":")[0], kept=tmp_path)
+
+    huge = 1 << 17
+    first, refused = asked(2.0), asked(2.0, of=huge)
+    assert (first.fits, refused.fits) == (True, False)
+    kept = sorted(tmp_path.iterdir())
+    assert len(kept) == 2
+    with monkeypatch.context() as now:
+        now.setattr(module, "_compile", lambda *_: pytest.fail("compiled again"))
+        assert (asked(2.0), asked(2.0, of=huge)) == (first, refused)
+    assert asked(3.0).total == first.total
+    assert asked(2.0, "v5p:1x1x1").available != first.available
+    assert len([*tmp_path.iterdir()]) == 4
+    kept[0].write_text(kept[0].read_text()[:20])  # a process was killed
+    kept[1].write_text(kept[1].read_text()[:20])
+    again = asked(2.0)._replace(seconds_to_compile=first.seconds_to_compile)
+    assert again == first
+
+
+def test_where_a_kernel_stands_in_its_file_makes_no_other_program():
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    program = r'backend_config = "{\22body\22: \22BODY\22, \22debug_locations\22: \22LINES\22, \22x\22: 1}"'
+    assert module._name(program, mesh) == module._name(program.replace("LINES", "OTHER=="), mesh)
+    assert module._name(program, mesh) != module._name(program.replace("BODY", "OTHER"), mesh)
+    assert module._name(program, mesh) != module._name(program.replace("1", "2"), mesh)
