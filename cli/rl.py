@@ -37,6 +37,9 @@ def rl_command(args: list[str]) -> Callable[..., int]:
         speculation: Annotated[SpeculationConfig, tyro.conf.arg(name="")] = SpeculationConfig(),
         speculate: Literal["auto", "on", "off"] = "auto",
         config: Path | None = None,
+        coordinator: str | None = None,
+        num_processes: int | None = None,
+        process_id: int | None = None,
     ) -> int:
         """Train.
 
@@ -47,7 +50,13 @@ def rl_command(args: list[str]) -> Callable[..., int]:
             same. So this may differ from stop to stop.
           speculate: whether to draft; auto does so while it is faster than plain decoding.
           config: YAML file of settings of the run; what is given here as well wins.
+          coordinator: HOST:PORT of process 0, when a run of several processes is not started by SLURM or on a TPU pod.
+          num_processes: how many take part.
+          process_id: which of them this is.
         """
+        from ..sharding.mesh import start_processes
+
+        start_processes(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
         return _go(settings, options, speculation, speculate)
 
     command.__doc__ = (command.__doc__ or "").replace("Train.", SUMMARIES["rl"], 1)
@@ -102,9 +111,9 @@ def make_online(settings: Any, options: Any, speculation: Any = None, speculate:
             engines.append(Engine(policy, tokenizer, **how, **sizes))
         return engines[0]
 
-    def sample(policy: Any, problems: Sequence[Mapping[str, Any]], step: int) -> list[list[Any]]:
+    def sample(policy: Any, problems: Sequence[Mapping[str, Any]], step: int, first: int) -> list[list[Any]]:
         ask: Any = dict(n=settings.samples, temperature=settings.temperature, max_tokens=settings.max_new_tokens)
-        seeds = [step_seed(settings.seed, f"{i}:{problem['id']}", step) for i, problem in enumerate(problems)]
+        seeds = [step_seed(settings.seed, f"{i}:{problem['id']}", step) for i, problem in enumerate(problems, first)]
         each = [Sampling(**ask, seed=seed, logprobs=0) for seed in seeds]
         results = serve(policy).generate([p["prompt"] for p in problems], each, raise_on_error=True)
         return [[_sampled(result, o) for o in result.outputs] for result in results]

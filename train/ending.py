@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -52,11 +51,14 @@ def preempted(step: int) -> bool:
 
 
 @contextlib.contextmanager
-def together(out: Path) -> Iterator[None]:
+def together(again: str) -> Iterator[None]:
     """Say what it means when processes cannot talk to each other.
 
     Where collectives fail by themselves (CPU, GPU) that is at once; on a TPU they wait, and JAX's service ends the
     process when the other one has not been heard of for a while (`sharding.mesh.start_processes`).
+
+    Args:
+      again: the command that goes on when all have ended.
 
     Raises:
       LostProcessError: in place of an error of the talk.
@@ -70,7 +72,7 @@ def together(out: Path) -> Iterator[None]:
         error = LostProcessError(
             f"process {jax.process_index()} of {jax.process_count()} cannot reach the others ({said}); expected all of "
             f"them to run. One has ended or lost its network: what it said itself, before this, is the reason. When "
-            f"all have ended, start all again with: jaxaroo train resume {out}"
+            f"all have ended, start all again with: {again}"
         )
         log.error(
             "%s", error
@@ -79,7 +81,7 @@ def together(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watched(seconds: float, out: Path) -> Iterator[Callable[[], None]]:
+def watched(seconds: float, again: str) -> Iterator[Callable[[], None]]:
     """Notice a run that hangs: a collective that some process never joined, storage that never answers.
 
     The function that is given is to be called whenever something was done. When it is not called for too long, the
@@ -88,7 +90,7 @@ def watched(seconds: float, out: Path) -> Iterator[Callable[[], None]]:
 
     Args:
       seconds: that may pass; 0 watches nothing.
-      out: of the run.
+      again: the command that goes on.
     """
     if not seconds:
         yield lambda: None
@@ -103,7 +105,7 @@ def watched(seconds: float, out: Path) -> Iterator[Callable[[], None]]:
                 sys.stderr.write(
                     f"\njaxaroo: process {jax.process_index()} of {jax.process_count()} has done nothing for "
                     f"{seconds:g} s; expected a step, a save or an evaluation by then (--hang-seconds). Its stacks "
-                    f"follow, and it ends. When all have ended: jaxaroo train resume {out}\n"
+                    f"follow, and it ends. When all have ended: {again}\n"
                 )
                 sys.stderr.flush()
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)

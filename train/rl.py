@@ -20,7 +20,11 @@ the clips and the mean over tokens; groups that teach nothing are not asked anew
 
 How weights get to the sampler: one compiled program merges adapters, rounds to the type of the activations and cuts the
 stacked layers apart, on the devices. So while answers are written there is a second copy of the layers; nothing passes
-through the host. With several devices the copy is put together on the first of them, which samples alone.
+through the host. With several devices the copy is put together on all of them, and the first of each process samples.
+
+Several processes share the problems of a step: each answers and rewards its own, all are told what the others have, and
+each puts the rows of its devices on them. What was answered and what it is worth are those of one process. The first
+process alone writes and evaluates.
 
 out/rl.yaml            every setting
 out/metrics.jsonl      one line a step;  out/evaluation.jsonl one line an evaluation, the first of them before step 1
@@ -37,18 +41,20 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from ..models.decoder import Model, Params, Remat, unstack_layers
 from ..models.lora import LoraConfig
-from ..sharding.mesh import MeshConfig, gather, make_mesh, put_batch
+from ..sharding.mesh import MeshConfig, exchange, gather, local_rows, make_mesh, put_batch
 from . import checkpoint
 from .advantages.constrained import step_multipliers
 from .algorithms import ALGORITHMS, Estimated, RlOptions, counts, make_loss, make_scores, policy_config, trainable
@@ -57,7 +63,7 @@ from .checkpoint import CheckpointConfig
 from .config import build, read_settings, write_settings
 from .data.arithmetic import ArithmeticConfig
 from .data.pipeline import BatchConfig
-from .ending import stop_signals
+from .ending import preempted, stop_signals, together, watched
 from .loop import NotFiniteError
 from .metrics import append_records, forget_after, read_records
 from .objectives.policy_gradient import Rollout
@@ -101,6 +107,7 @@ class RlConfig:
       adapters: train all weights, or low-rank adapters to them.
       max_seqs: answers written at the same time.
       max_skipped: updates in a row with a loss that is not finite, before the run stops.
+      hang_seconds: of several processes, without a step done, before one says where it stands and ends; 0 waits.
     """
 
     model: str
@@ -126,6 +133,7 @@ class RlConfig:
     adapters: Literal["none", "lora"] = "none"
     max_seqs: int = 32
     max_skipped: int = 10
+    hang_seconds: float = 1800.0
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, schedule="constant")
     lora: LoraConfig = LoraConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -139,6 +147,8 @@ class RlConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"RlConfig.{name}: found {getattr(self, name)}; expected at least {low}.")
+        if not 0 <= self.hang_seconds < math.inf:
+            raise ValueError(f"RlConfig.hang_seconds: found {self.hang_seconds}; expected 0 (never) or seconds.")
         if not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"RlConfig.temperature: found {self.temperature}; expected above 0: answers have to differ."
@@ -169,7 +179,8 @@ class Online(NamedTuple):
 
     size: int | None  # how many problems there are; None for no end
     problem: Callable[[int], Row]  # (index) -> a problem, which JSON can hold
-    sample: Callable[[Model, Sequence[Row], int], Answers]  # (policy, layers as a tuple; problems; step from 0)
+    sample: Callable[[Model, Sequence[Row], int, int], Answers]
+    # (policy, layers as a tuple; some problems of a step; the step, from 0; place of the first of them in it)
     rewards: Sequence[Reward]  # one; for `constrained` one for each threshold
     measure: Callable[[Model], Mapping[str, float]] | None = None  # an evaluation
 
@@ -203,17 +214,19 @@ def run_rl(cfg: RlConfig, options: RlOptions, online: Online, *, progress: bool 
       ValueError: for settings that do not fit together, or that are not what the run was begun with.
       DamagedCheckpointError: if there are checkpoints and none can be read.
       NotFiniteError: if too many updates in a row had a loss that is not finite.
+      LostProcessError: if another process of the run has ended.
     """
-    if jax.process_count() > 1:
-        raise NotImplementedError("train rl: found several processes; expected one, whose devices train and sample.")
     cfg = resolve(cfg)
     _check(cfg, options, online)
     origin, run = origin_of(_as_run(cfg)), _as_run(cfg)
     what = trainable(origin, options, cfg.lora if cfg.adapters == "lora" else None)
-    mesh = make_mesh(cfg.mesh)
-    _open(cfg, options)
+    mesh, mine = make_mesh(cfg.mesh), _share(cfg.groups)
+    writes, again = jax.process_index() == 0, f"the same command, jaxaroo train rl ... --out {cfg.out}"
     with contextlib.ExitStack() as stack:
-        stack.enter_context(alone(cfg.out))
+        if writes:
+            _open(cfg, options)
+            stack.enter_context(alone(cfg.out))
+        multihost_utils.sync_global_devices("run folder")
         updates = cfg.steps * cfg.updates
         tx = make_optimizer(cfg.optimizer, updates)
         manager = stack.enter_context(checkpoint.open_checkpoints(cfg.out / "checkpoints", cfg.checkpoint))
@@ -227,26 +240,31 @@ def run_rl(cfg: RlConfig, options: RlOptions, online: Online, *, progress: bool 
                 f"train rl: the problems of {cfg.data} are not those that {cfg.out} was begun with; expected the same. "
                 "Put them back, or choose another --out."
             )
-        forget_after(cfg.out / "metrics.jsonl", done)
-        forget_after(cfg.out / "evaluation.jsonl", done - (found is None))
+        if writes:
+            forget_after(cfg.out / "metrics.jsonl", done)
+            forget_after(cfg.out / "evaluation.jsonl", done - (found is None))
         hand_over = _hand_over(origin, what, mesh)
         scores = make_scores(origin.config, what, temperature=cfg.temperature, rules=RULES, remat=cfg.remat)
         learn = _Learner(cfg, options, mesh, update_of(cfg, options, origin, what, tx, like), scores)
         stopped = stack.enter_context(stop_signals())
-        bar = tqdm(total=cfg.steps, initial=done, desc="rl", unit="step", disable=None if progress else True)
-        stack.enter_context(bar)
+        stack.enter_context(together(again))
+        alive = stack.enter_context(watched(cfg.hang_seconds if jax.process_count() > 1 else 0, again))
+        silent = None if progress and writes else True
+        bar = stack.enter_context(tqdm(total=cfg.steps, initial=done, desc="rl", unit="step", disable=silent))
         if found is None and cfg.evaluate_every:
             _evaluate(cfg, online, hand_over(state), 0)
         while done < cfg.steps:
             began = time.perf_counter()
             problems = _problems(cfg, online, done)
-            answers = [list(each) for each in online.sample(hand_over(state), problems, done)]
-            rewards, told = _rewards(cfg, online, problems, answers)
+            own = [list(each) for each in online.sample(hand_over(state), problems[mine], done, mine.start)]
+            answers, rewards, told = _of_all(own, *_rewards(cfg, online, problems[mine], own))
             sampled = time.perf_counter()
             state, metrics = learn(state, [a for each in answers for a in each], rewards, done)
             done += 1
             metrics |= told | {"seconds": time.perf_counter() - began, "seconds/sampling": sampled - began}
-            append_records(cfg.out / "metrics.jsonl", [{"step": done, **metrics}])
+            if writes:
+                append_records(cfg.out / "metrics.jsonl", [{"step": done, **metrics}])
+            alive()
             bar.update()
             bar.set_postfix({"reward": f"{metrics['reward']:.4f}", "length": f"{metrics['completion/mean_len']:.1f}"})
             if (row := metrics["skipped_in_a_row"]) >= cfg.max_skipped:
@@ -257,7 +275,7 @@ def run_rl(cfg: RlConfig, options: RlOptions, online: Online, *, progress: bool 
                 )
             if cfg.evaluate_every and (done == cfg.steps or done % cfg.evaluate_every == 0):
                 _evaluate(cfg, online, hand_over(state), done)
-            leaving = stopped() is not None
+            leaving = stopped() is not None or preempted(done)
             if done == cfg.steps or done % cfg.checkpoint.every == 0 or leaving:
                 with jax.set_mesh(mesh):
                     checkpoint.save(manager, state, {"rollouts": done, "problems": _digest(problems)})
@@ -266,9 +284,11 @@ def run_rl(cfg: RlConfig, options: RlOptions, online: Online, *, progress: bool 
         manager.wait_until_finished()
         if done >= cfg.steps:
             params = gather(jax.jit(what.result)(state.params, state.frozen))
-            whole_model(origin, None).write(cfg.out / "model", params)
-            title = f"{options.algorithm}: {Path(cfg.model).name} on {Path(cfg.data).name}"
-            _plot(cfg.out / "reward.png", read_records(cfg.out / "metrics.jsonl"), title)
+            if writes:
+                whole_model(origin, None).write(cfg.out / "model", params)
+                title = f"{options.algorithm}: {Path(cfg.model).name} on {Path(cfg.data).name}"
+                _plot(cfg.out / "reward.png", read_records(cfg.out / "metrics.jsonl"), title)
+            multihost_utils.sync_global_devices("exported")
     return Outcome(done, done >= cfg.steps, stopped())
 
 
@@ -287,7 +307,7 @@ def update_of(cfg: RlConfig, options: RlOptions, origin: Origin, what: Trainable
 
 
 # ----------------------------------------------------------------------------------------------------------- private
-_MAY_CHANGE = ("settings.out", "settings.mesh")
+_MAY_CHANGE = ("settings.out", "settings.mesh", "settings.hang_seconds")
 _RENAMED = {
     r"clip_(low|high)": r"clip/\1",
     r"ratio_max": "ratio/max",
@@ -369,6 +389,28 @@ def _problems(cfg: RlConfig, online: Online, step: int) -> list[Row]:
     return [online.problem(i) for i in problem_indices(cfg.seed, step, cfg.groups, online.size)]
 
 
+def _share(groups: int) -> slice:
+    """Which problems of a step this process answers."""
+    count, index = jax.process_count(), jax.process_index()
+    if groups % count:
+        raise ValueError(f"train rl: groups={groups} over {count} processes; expected a multiple, one share each.")
+    size = groups // count
+    return slice(index * size, (index + 1) * size)
+
+
+def _of_all(
+    answers: list[list[Sampled]], rewards: np.ndarray, told: Mapping[str, float]
+) -> tuple[list[list[Sampled]], np.ndarray, dict[str, float]]:
+    """What each process has of a step, by the order of the problems; of what rewards tell the mean."""
+    if jax.process_count() == 1:
+        return answers, rewards, dict(told)
+    plain = [[a._replace(prompt=[*a.prompt], answer=[*a.answer]) for a in each] for each in answers]
+    every = exchange([plain, rewards.tolist(), dict(told)])
+    found = [[Sampled(*a) for a in each] for one in every for each in one[0]]
+    values = np.concatenate([np.asarray(one[1], np.float32) for one in every], axis=1)
+    return found, values, {name: math.fsum(one[2][name] for one in every) / len(every) for name in told}
+
+
 def _digest(problems: Sequence[Row]) -> str:
     return hashlib.sha256(json.dumps(problems, sort_keys=True).encode()).hexdigest()
 
@@ -383,11 +425,11 @@ def _rewards(
         values, metrics = said if isinstance(said, Rewarded) else (said, {})
         told |= metrics
         given = [[math.nan if r is None else float(r) for r in each] for each in values]
-        shape, wanted = [len(each) for each in given], [cfg.samples] * cfg.groups
+        shape, wanted = [len(each) for each in given], [cfg.samples] * len(problems)
         if shape != wanted or [len(each) for each in answers] != wanted:
             raise ValueError(
                 f"train rl: rewards of {shape} answers to {len(answers)} problems of {[len(a) for a in answers]}; "
-                f"expected {cfg.samples} for each of {cfg.groups}."
+                f"expected {cfg.samples} for each of {len(problems)}."
             )
         found.append(given)
     values = np.asarray(found, np.float32)
@@ -397,7 +439,9 @@ def _rewards(
 def _hand_over(origin: Origin, what: Any, mesh: Any) -> Callable[[TrainState], Model]:
     """The policy as a sampler takes it."""
 
-    @jax.jit
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    @partial(jax.jit, out_shardings=whole)
     def served(trained: Params, frozen: Params) -> Params:
         params = unstack_layers(what.result(trained, frozen))
         return jax.tree.map(lambda w: w.astype(origin.config.dtype), params)
@@ -405,9 +449,7 @@ def _hand_over(origin: Origin, what: Any, mesh: Any) -> Callable[[TrainState], M
     def hand_over(state: TrainState) -> Model:
         with jax.set_mesh(mesh):
             params = served(state.params, state.frozen)
-        if mesh.size > 1:
-            params = jax.device_put(params, mesh.devices.flat[0])
-        return Model(origin.config, params)
+        return Model(origin.config, jax.tree.map(lambda w: w.addressable_data(0), params))
 
     return hand_over
 
@@ -435,9 +477,11 @@ class _Learner:
                 parts = split_rows(placed.batch, np.arange(len(placed.batch.mask)), 1, cfg.micro_batches)
                 reference = options.kl_weight > 0
                 said = self.scores(state.params, state.frozen, self._put(parts[0]), reference=reference)
-                scored = {name: np.asarray(x).reshape(placed.batch.mask.shape) for name, x in said.items()}
+                scored = {name: x.reshape(placed.batch.mask.shape) for name, x in gather(said).items()}
             # 2. What each token was worth.
-            found: Estimated = advantages_of(options, answers, rewards, placed, scored, state.carry, cfg.max_new_tokens)
+            found: Estimated = advantages_of(
+                options, answers, rewards, placed, scored, gather(state.carry), cfg.max_new_tokens
+            )
             more = dict(found.more)
             if all(a.logprobs is not None for a in answers):
                 more["sampled"] = spread([a.logprobs for a in answers], answers, placed)
@@ -460,7 +504,7 @@ class _Learner:
             # 4. What the rewards' multipliers make of it.
             told = dict(found.metrics)
             if options.algorithm == "constrained" and kept.any():
-                mean = jnp.asarray(rewards.reshape(len(rewards), -1)[:, kept].mean(axis=1))
+                mean: Any = rewards.reshape(len(rewards), -1)[:, kept].mean(axis=1)
                 carry, more_told = _multipliers(mean, state.carry, options.constrained)
                 carry = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), carry, state.carry)
                 state, told = state._replace(carry=carry), told | {k: float(v) for k, v in more_told.items()}
@@ -468,7 +512,9 @@ class _Learner:
         return state, {_spelled(name): value for name, value in measures.items()}
 
     def _put(self, window: Any) -> Any:
-        return put_batch(self.mesh, RULES, window)
+        """Every process has all rows, and puts those of its devices there."""
+        rows = local_rows(self.mesh, RULES, jax.tree.leaves(window)[0].shape[1])
+        return put_batch(self.mesh, RULES, jax.tree.map(lambda x: x[:, rows], window))
 
 
 _multipliers = jax.jit(step_multipliers, static_argnames="cfg")
@@ -498,8 +544,10 @@ def _spelled(name: str) -> str:
 
 
 def _evaluate(cfg: RlConfig, online: Online, policy: Model, step: int) -> None:
+    """By the first process; the others have come so far for the weights."""
     assert online.measure is not None
-    append_records(cfg.out / "evaluation.jsonl", [{"step": step, **online.measure(policy)}])
+    if jax.process_index() == 0:
+        append_records(cfg.out / "evaluation.jsonl", [{"step": step, **online.measure(policy)}])
 
 
 def _plot(path: Path, records: Sequence[Mapping[str, Any]], title: str) -> None:

@@ -29,7 +29,7 @@ from ..models.decoder import DecoderConfig, Params, Remat, init_params, param_ax
 from ..models.lora import LoraConfig
 from ..models.presets import preset
 from ..models.tokenizer import byte_tokenizer, load_tokenizer
-from ..sharding.mesh import MeshConfig, gather, local_rows, make_mesh, put_batch
+from ..sharding.mesh import MeshConfig, exchange, gather, local_rows, make_mesh, put_batch
 from ..sharding.rules import FSDP_TP_SEQ, shardings_like
 from . import checkpoint, goodput, references
 from .checkpoint import CheckpointConfig
@@ -396,9 +396,9 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
         # 3. The way from there.
         record = _recorder(cfg, int(state.step), board, stack)
         stopped = stack.enter_context(stop_signals())
-        stack.enter_context(together(cfg.out))
+        stack.enter_context(together(_again(cfg.out)))
         account = goodput.recorder(cfg.out / "goodput.jsonl", began, int(state.step))
-        alive = stack.enter_context(watched(cfg.hang_seconds if jax.process_count() > 1 else 0, cfg.out))
+        alive = stack.enter_context(watched(cfg.hang_seconds if jax.process_count() > 1 else 0, _again(cfg.out)))
         step = step_of(cfg, kind, options, origin, trainable, tx, like)
         state = fit(
             state,
@@ -407,7 +407,7 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
             steps=cfg.steps,
             log=record,
             save=lambda state: checkpoint.save(
-                manager, state, {"mark": mark, "streams": _every_stream(batches.get_state())}
+                manager, state, {"mark": mark, "streams": _all_of(exchange(dict(batches.get_state())))}
             ),
             stop=lambda number: stopped() is not None or preempted(number),
             evaluate=_evaluator(cfg, origin, int(state.step), evaluate),
@@ -426,6 +426,11 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
         if done >= cfg.steps:
             _export(cfg, trainable, state)
     return Outcome(done, done >= cfg.steps, stopped())
+
+
+def _again(out: Path) -> str:
+    """The command that goes on."""
+    return f"jaxaroo train resume {out}"
 
 
 def _base(origin: Origin, what: Trainable, mesh: Mesh) -> tuple[Params, Params]:
@@ -554,15 +559,9 @@ def _evaluator(cfg: RunConfig, origin: Origin, begin: int, evaluate: Evaluate | 
     return measure
 
 
-def _every_stream(mine: Mapping[str, Any]) -> dict[str, Any]:
-    """Positions of the streams of all processes."""
-    if jax.process_count() == 1:
-        return dict(mine)
-    text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
-    size = int(multihost_utils.process_allgather(np.int32(len(text))).max())
-    padded = np.pad(text, (0, size - len(text)), constant_values=ord(" "))
-    rows = multihost_utils.process_allgather(padded)
-    return {name: value for row in rows for name, value in json.loads(bytes(row)).items()}
+def _all_of(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One mapping of several that have no name in common."""
+    return {name: value for one in each for name, value in one.items()}
 
 
 def _report(batches: Batches, examples: Sequence[Any]) -> None:

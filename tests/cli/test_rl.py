@@ -30,6 +30,7 @@ from jaxaroo.train.optimizer import OptimizerConfig
 from jaxaroo.train.rl import RlConfig
 from jaxaroo.train.rollouts import Sampled, lay_out, spread
 from jaxaroo.train.run import RunConfig
+from tests.children import begin, finish, finish_all, several, wait_for
 
 pytestmark = pytest.mark.optimizer
 NOUNS = ("apples", "books", "coins", "eggs", "hats", "nuts", "pens", "shells")
@@ -142,6 +143,33 @@ def test_drafted_answers_are_the_same_answers(run, home, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_two_processes_share_the_problems_and_learn_what_one_does(home, tmp_path):
+    """Each answers half of them. A SIGTERM to one stops both after the same step, and the same command goes on."""
+    asked = ("rl", "--model", home / "run" / "model", *ASKED, "--steps", 5, "--data", home / "problems.jsonl")
+    asked = (*asked, "--kl-weight", 0.1, "--minibatches", 2, "--test", home / "test.jsonl", "--evaluate-every", 5)
+    parts = ("--mesh.data", 2, "--mesh.fsdp", 4)
+    finish(begin(*asked, "--out", tmp_path / "one"))
+    finish_all(several(2, *asked, *parts, "--out", tmp_path / "two"))
+    stopped = tmp_path / "stopped"
+    children = several(2, *asked, *parts, "--out", stopped)
+    wait_for(children[0], lambda: len(records(stopped)) >= 2)
+    children[1].send_signal(signal.SIGTERM)
+    outputs = finish_all(children, 143)
+    assert all(f"jaxaroo train rl ... --out {stopped}" in output for output in outputs)
+    assert 2 <= len(records(stopped)) < 5
+    finish_all(several(2, *asked, *parts, "--out", stopped))
+    one = records(tmp_path / "one")
+    for other in (records(tmp_path / "two"), records(stopped)):
+        assert len(other) == len(one) == 5
+        for a, b in zip(other, one, strict=True):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    assert len({r["reward"] for r in one}) > 1
+    measured = [read_records(tmp_path / name / "evaluation.jsonl") for name in ("one", "two", "stopped")]
+    assert [r["step"] for r in measured[0]] == [0, 5]
+    assert measured[0] == measured[1] == measured[2]
+
+
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(run, home, tmp_path, monkeypatch):
     """With the engine and a reward model, on the embedded task."""
     more = ("--data", "builtin:arithmetic", "--reward", home / "judge", "--aggregate", "last", "--steps", 4)
@@ -185,8 +213,8 @@ def test_the_trainer_says_of_sampled_tokens_what_the_sampler_said(home, tmp_path
     cfg = RlConfig(model=str(model), data="builtin:arithmetic", out=tmp_path, temperature=temperature, **sizes)
     online = make_online(cfg, RlOptions())
     policy, problems = hf.load(model, dtype="float32"), [online.problem(i) for i in (0, 1, 1)]
-    found = [a for each in online.sample(policy, problems, 3) for a in each]
-    assert [len(online.sample(policy, problems, 3)), len(found)] == [3, 12]
+    found = [a for each in online.sample(policy, problems, 3, 0) for a in each]
+    assert [len(online.sample(policy, problems, 3, 0)), len(found)] == [3, 12]
     placed = lay_out(found, [True] * 12, max_length=64)
     batch = jax.tree.map(jnp.asarray, placed.batch)
     params = stack_layers(policy.params)
@@ -196,12 +224,12 @@ def test_the_trainer_says_of_sampled_tokens_what_the_sampler_said(home, tmp_path
     )
     eos = load_tokenizer(model).eos_ids
     assert all(a.ended == (a.answer[-1] in eos) for a in found)
-    short = make_online(dataclasses.replace(cfg, max_new_tokens=1), RlOptions()).sample(policy, problems, 3)
+    short = make_online(dataclasses.replace(cfg, max_new_tokens=1), RlOptions()).sample(policy, problems, 3, 0)
     assert not any(a.ended for each in short for a in each)  # cut in front of its end
     ids = [a.answer for a in found]
     assert len({tuple(a) for a in ids}) > 3
     assert ids[4:8] != ids[8:]  # the same problem twice in a step has other answers
-    again = lambda step: [a.answer for each in online.sample(policy, problems, step) for a in each]
+    again = lambda step: [a.answer for each in online.sample(policy, problems, step, 0) for a in each]
     assert again(3) == ids  # a function of seed, step and problem
     assert again(4) != ids
 

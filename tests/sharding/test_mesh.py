@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import logging
 import os
 import socket
@@ -15,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxaroo.models.decoder import DecoderConfig, forward, lm_head, param_axes, param_shapes
-from jaxaroo.sharding.mesh import AXES, MeshConfig, gather, local_rows, make_mesh, put_batch, start_processes
+from jaxaroo.sharding.mesh import AXES, MeshConfig, exchange, gather, local_rows, make_mesh, put_batch, start_processes
 from jaxaroo.sharding.rules import FSDP_TP, FSDP_TP_SEQ, REPLICATED, Rules
 
 P = PartitionSpec
@@ -293,6 +294,8 @@ def test_two_processes_compute_what_one_does(tmp_path):
     refused = "local_rows: process 0 holds the rows [(0, 1), (2, 3), (4, 5), (6, 7)]; expected one contiguous range"
     assert str(mine["mine_refused"][0]).startswith(refused)
     assert [own.tolist() for own in mine["mine_own"]] == [[0, 1], [1, 1]]
+    said = '[{"who": "é", "loss": [NaN, 0.1]}, {"who": "éééé", "loss": [NaN, 1.1]}]'  # by both: texts of two lengths
+    assert [json.dumps(json.loads(str(one)), ensure_ascii=False) for one in mine["mine_said"]] == [said] * 2
 
 
 def child(path):
@@ -314,6 +317,8 @@ def child(path):
     found = {f"grad{i}": grad for i, grad in enumerate(jax.tree.leaves(grads))}
     whole = gather(put_batch(across, FSDP_TP, host_batch()["tokens"]))
     mine = dict(rows=(rows.start, rows.stop), crossed=(crossed.start, crossed.stop), own=own, refused=refused)
+    i = jax.process_index()
+    mine["said"] = json.dumps(exchange({"who": "é" * (1 + 3 * i), "loss": [float("nan"), 0.1 + i]}))
     np.savez(path, loss=loss, tokens=tokens, whole=whole, **found, **{f"mine_{name}": a for name, a in mine.items()})
 
 

@@ -3,20 +3,19 @@
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import pytest
 
 from jaxaroo.train.ending import LostProcessError, preempted, stop_signals, together, watched
 
-OUT = Path("somewhere/run")
+AGAIN = "jaxaroo train resume somewhere/run"
 GLOO = "UNKNOWN: Gloo all-reduce failed: Read error [127.0.0.1]:60291: Connection reset by peer\nmore"
 
 
 def failing(message, monkeypatch, count):
     monkeypatch.setattr(jax, "process_count", lambda: count)
-    with together(OUT):
+    with together(AGAIN):
         raise jax.errors.JaxRuntimeError(message)
 
 
@@ -34,20 +33,19 @@ def test_other_errors_are_left_as_they_are(message, count, monkeypatch):
 
 def test_one_process_is_never_stopped_by_others_and_signals_are_put_back():
     assert not preempted(3)
-    with stop_signals() as stopped, together(OUT):
+    with stop_signals() as stopped, together(AGAIN):
         assert stopped() is None
 
 
 def watch_in_a_child(body):
     code = f"""
 import time
-from pathlib import Path
 from jaxaroo.train.ending import watched
 
 def a_collective_that_nobody_joins():
     time.sleep(60)
 
-with watched(1.0, Path("somewhere/run")) as alive:
+with watched(1.0, "jaxaroo train resume somewhere/run") as alive:
     {body}
 print("done")
 """
@@ -69,8 +67,8 @@ def test_it_counts_from_the_first_thing_done_and_not_while_things_move():
 
 def test_nothing_watches_where_nothing_is_asked_for():
     began = time.monotonic()
-    with watched(0, OUT) as alive:
+    with watched(0, AGAIN) as alive:
         alive()
-    with watched(1000, OUT) as alive:
+    with watched(1000, AGAIN) as alive:
         alive()
     assert time.monotonic() - began < 100  # leaving does not wait

@@ -62,7 +62,7 @@ def settings(model, out, **changes):
     return RlConfig(**(given | changes))
 
 
-def from_table(policy, problems, step):
+def from_table(policy, problems, step, first=0):
     return [[Sampled(p["prompt"], ids, ids[-1] == END) for ids in TABLE] for p in problems]
 
 
@@ -138,7 +138,7 @@ def test_an_answer_without_a_reward_is_as_if_it_were_not_there(model, tmp_path):
     """Whatever it says."""
     missing = lambda value: lambda problems, answers: [[1.0, value, 0.0, 0.5] for _ in problems]
 
-    def other(policy, problems, step):
+    def other(policy, problems, step, first):
         return [
             [a._replace(answer=[90, 91, 92, 93]) if i == 1 else a for i, a in enumerate(each)]
             for each in from_table(policy, problems, step)
@@ -197,6 +197,15 @@ def test_minibatches_are_all_answers_each_once(model, tmp_path, monkeypatch):
     assert told["learning_rate"] == each("learning_rate")[-1] != each("learning_rate")[0]
 
 
+@pytest.mark.errors
+def test_processes_share_whole_problems(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "process_index", lambda: 2)
+    assert rl._share(8) == slice(4, 6)
+    with pytest.raises(ValueError, match="groups=6 over 4 processes; expected a multiple, one share each"):
+        rl._share(6)
+
+
 def test_nothing_compiles_after_the_first_steps(model, tmp_path):
     """Counted by JAX itself: every trace and every compilation in the process reports its duration."""
     compiled, after = [], []
@@ -207,7 +216,7 @@ def test_nothing_compiles_after_the_first_steps(model, tmp_path):
         after.append(len(compiled))
         return right(problems, answers)
 
-    def sample(policy, problems, step):  # other lengths, and another number of answers with a reward
+    def sample(policy, problems, step, first):  # other lengths, and another number of answers with a reward
         return [
             [a._replace(answer=[*a.answer[:-1]] + [a.answer[-1]] * (1 + step % 2)) for a in each]
             for each in from_table(policy, problems, step)
@@ -232,7 +241,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(model, tmp_path, monkey
     )
     assert begin("whole").finished
 
-    def interrupted(policy, problems, step):
+    def interrupted(policy, problems, step, first):
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return from_table(policy, problems, step)
@@ -335,7 +344,7 @@ def test_the_sampler_gets_layers_apart_on_one_device_in_the_type_of_activations(
     monkeypatch.setattr(rl, "make_mesh", make_mesh)
     given = []
 
-    def sample(policy, problems, step):
+    def sample(policy, problems, step, first):
         given.append(policy)
         return from_table(policy, problems, step)
 

@@ -1,14 +1,10 @@
 """Runs as users have them: processes that are killed, stopped, moved to other devices, and gone on with."""
 
 import json
-import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -24,6 +20,7 @@ from jaxaroo.train.data.pipeline import BatchConfig
 from jaxaroo.train.metrics import read_records
 from jaxaroo.train.optimizer import OptimizerConfig
 from jaxaroo.train.recipe import SftOptions
+from tests.children import begin, end, finish, finish_all, several, wait_for
 
 pytestmark = pytest.mark.optimizer
 STEPS = 24
@@ -46,35 +43,6 @@ def settings(out, **changes):
         checkpoint=CheckpointConfig(every=5),
     )
     return run.RunConfig(**(given | changes))
-
-
-def begin(*args, devices=1, **env):
-    """A child process that trains, on so many devices."""
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **env}
-    command = [sys.executable, "-m", "jaxaroo.cli.main", "train", *map(str, args)]
-    # Not a pipe: nobody reads while children run, XLA says a lot, and a full pipe stops a child for good.
-    told = Path(tempfile.mkdtemp(prefix="jaxaroo-test-")) / "told"
-    with told.open("w") as file:
-        child = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
-    child.told = told
-    return child
-
-
-def finish(child, status=0):
-    try:
-        child.wait(timeout=600)
-    finally:
-        end(child)
-    assert child.returncode == status, child.said
-    return child.said
-
-
-def end(child):
-    """Kill it, if it still runs, and keep what it said."""
-    child.kill()
-    child.wait()
-    child.said = child.told.read_text(encoding="utf-8", errors="replace")
-    shutil.rmtree(child.told.parent)
 
 
 def records(out):
@@ -131,14 +99,6 @@ def test_a_run_leaves_a_model_its_settings_metrics_and_a_curve(undisturbed):
     assert (kind, options) == ("sft", SftOptions())
     assert cfg == settings(undisturbed, dtype="float32")
     assert sorted(int(p.name) for p in (undisturbed / "checkpoints").iterdir()) == [15, 20, 24]
-
-
-def wait_for(child, sight):
-    last = time.monotonic() + 600  # a loaded machine is slow, a hung child is hung
-    while not sight():
-        assert time.monotonic() < last, "nothing to see"
-        assert child.poll() is None, child.told.read_text(errors="replace")
-        time.sleep(0.0005)
 
 
 def steps_logged(out):
@@ -214,23 +174,6 @@ def test_finished_runs_are_left_alone_and_resume_needs_a_run(undisturbed, tmp_pa
         run.resume(tmp_path)
 
 
-def two_processes(*args):
-    """Four devices each, on the loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    own = dict(JAX_COORDINATOR_BIND_ADDRESS=address, JAXAROO_COORDINATOR=address, JAXAROO_NUM_PROCESSES="2")
-    return [begin(*args, devices=4, **own, JAXAROO_PROCESS_ID=str(i)) for i in range(2)]
-
-
-def finish_both(children, status=0):
-    try:
-        return [finish(child, status) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-
-
 def assert_close_run(out, other):
     """The same samples in the same order, and losses that differ by rounding."""
     order = ("step", "tokens", "sequences", "inputs")
@@ -246,7 +189,7 @@ def test_two_processes_train_as_one_and_one_goes_on_where_two_were_stopped(tmp_p
     one = tmp_path / "one"
     finish(begin("sft", *OPTIONS, *shards, "--out", one))
     two = tmp_path / "two"
-    finish_both(two_processes("sft", *OPTIONS, *shards, *both, "--out", two))
+    finish_all(several(2, "sft", *OPTIONS, *shards, *both, "--out", two))
     assert_close_run(two, one)
     for a, b in zip(
         jax.tree.leaves(load(one / "model").params), jax.tree.leaves(load(two / "model").params), strict=True
@@ -255,21 +198,21 @@ def test_two_processes_train_as_one_and_one_goes_on_where_two_were_stopped(tmp_p
     theirs = (two / "checkpoints" / str(STEPS) / "state" / "ocdbt.process_1" / "d").iterdir()
     largest = max(theirs, key=lambda f: f.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])  # which process 0 need not read
-    outputs = finish_both(two_processes("resume", two))
+    outputs = finish_all(several(2, "resume", two))
     assert all(f"checkpoint {STEPS} is damaged" in output and "going on from 20" in output for output in outputs)
     assert_close_run(two, one)
     stopped = tmp_path / "stopped"
-    children = two_processes("sft", *OPTIONS, *shards, *both, "--out", stopped)
+    children = several(2, "sft", *OPTIONS, *shards, *both, "--out", stopped)
     wait_for(children[0], lambda: steps_logged(stopped) >= 6)
     children[1].send_signal(signal.SIGTERM)
-    outputs = finish_both(children, 143)
+    outputs = finish_all(children, 143)
     assert all(f"jaxaroo train resume {stopped}" in output for output in outputs)
     assert steps_logged(stopped) < STEPS
     assert run.resume(stopped).finished
     assert_close_run(stopped, one)
     killed = tmp_path / "killed"  # the other hears of it, says so and ends; both go on from the last whole checkpoint
     command = ("sft", *OPTIONS, *shards, *both, "--out", killed, "--or-resume")
-    children = two_processes(*command)
+    children = several(2, *command)
     wait_for(children[0], lambda: steps_logged(killed) >= 6)
     children[1].kill()
     began = time.monotonic()
@@ -281,8 +224,22 @@ def test_two_processes_train_as_one_and_one_goes_on_where_two_were_stopped(tmp_p
     assert children[0].returncode not in (0, -signal.SIGKILL), children[0].said
     assert took < 60
     assert re.search("stopped sending heartbeats|cannot reach the others", children[0].said), children[0].said
-    finish_both(two_processes(*command))
+    finish_all(several(2, *command))
     assert_close_run(killed, one)
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one(tmp_path):
+    """Of two devices each, along all axes of a mesh, so that every weight has parts in all of them."""
+    few = (*OPTIONS, "--batch.shards", 4, "--batch.micro-batches", 2, "--steps", 4)
+    one, four = tmp_path / "one", tmp_path / "four"
+    finish(begin("sft", *few, "--out", one))
+    finish_all(several(4, "sft", *few, "--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2, "--out", four))
+    order = ("step", "tokens", "sequences", "inputs")
+    assert len(records(four)) == 4
+    for a, b in zip(records(four), records(one), strict=True):
+        assert [a[name] for name in order] == [b[name] for name in order]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
 def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
