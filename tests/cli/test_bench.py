@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 
+
+@pytest.mark.slow
 def test_bench_writes_a_report_a_table_and_a_plot(run, speaking, tmp_path):
     prompts = tmp_path / "q.jsonl"
     prompts.write_text('{"question_id": 1, "category": "x", "turns": ["la la la la"]}\n')

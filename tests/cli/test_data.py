@@ -57,6 +57,7 @@ def test_codes_are_run_where_it_is_not_known_what_passes(run, tmp_path, left):
 
 
 @linux
+@pytest.mark.slow
 def test_limits_are_those_that_are_asked_for(run, tmp_path):
     row = {"prompt": "p", "codes": ["x = bytearray(300 * 2**20)", "import time; time.sleep(5)"], "tests": ["pass"]}
     asked = ("data", "code-pairs", "--data", write(tmp_path / "c.jsonl", [row]), "--out")

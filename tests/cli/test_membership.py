@@ -145,6 +145,7 @@ def test_the_proxy_learned_the_members_of_probe_train_and_no_other_text(home):
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_a_proxy_that_was_stopped_goes_on_and_becomes_the_same(run, home, tmp_path, monkeypatch):
     @contextlib.contextmanager
     def asked():

@@ -169,7 +169,7 @@ def test_two_processes_share_the_problems_and_learn_what_one_does(home, tmp_path
     assert measured[0] == measured[1] == measured[2]
 
 
-@pytest.mark.slow
+@pytest.mark.proof  # the loop itself is tried with a table for a sampler
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(run, home, tmp_path, monkeypatch):
     """With the engine and a reward model, on the embedded task."""
     more = ("--data", "builtin:arithmetic", "--reward", home / "judge", "--aggregate", "last", "--steps", 4)
@@ -207,6 +207,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(run, home, tmp_path, mo
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.slow
 def test_the_trainer_says_of_sampled_tokens_what_the_sampler_said(home, tmp_path, temperature):
     sizes = dict(groups=3, samples=4, max_new_tokens=5, max_length=64, max_seqs=5, dtype="float32")
     model = home / "run" / "model"

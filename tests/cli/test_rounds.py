@@ -210,6 +210,7 @@ def test_a_loop_that_was_stopped_ends_as_one_that_was_not(run, home, tmp_path, m
     assert kept(tmp_path / "stopped") == wanted
 
 
+@pytest.mark.slow
 def test_a_reward_model_needs_no_answers(run, home, tmp_path, monkeypatch):
     """Its scores of an answer's steps become one reward as was asked for; what is malformed has none."""
     asked = [{"prompt": row["prompt"], "completion": "?"} for row in rows_of(home / "problems.jsonl")]
@@ -251,7 +252,7 @@ def sampled(home, rows, number, guidance=None, n=4):
     return [answered(row, *each) for row, each in zip(asked, said, strict=True)]
 
 
-@pytest.mark.parametrize(("beta", "width"), [(0, "all"), (40, 4)])
+@pytest.mark.parametrize(("beta", "width"), [(40, 4), pytest.param(0, "all", marks=pytest.mark.proof)])
 @pytest.mark.slow
 def test_answers_of_the_second_round_are_guided_by_the_first(run, home, tmp_path, beta, width):
     """The right digit is always the same, so a value model soon knows it."""

@@ -176,6 +176,7 @@ def test_a_row_with_nan_ends_and_leaves_the_others_alone():
     assert np.isfinite(state.scores.chosen).all()
 
 
+@pytest.mark.slow
 def test_a_row_put_into_a_freed_slot_runs_as_if_alone():
     model, _ = golden("qwen2_mixed")
     cfg, params = model

@@ -59,6 +59,7 @@ def test_a_batch_equals_single_runs_whatever_the_number_of_slots():
     assert [len(a) for a in alone] == [s.max_tokens for s in settings]
 
 
+@pytest.mark.slow
 def test_a_batch_equals_single_runs_with_a_cache_of_codes():
     settings = [Sampling(max_tokens=5 + 6 * i, seed=i, temperature=0.5 * (i % 3)) for i in range(len(PROMPTS))]
     engine = make(max_seqs=1, kv_dtype="int4")
@@ -73,6 +74,7 @@ def test_a_kind_of_cache_that_there_is_not_is_refused():
         make(kv_dtype="int5").generate("one")
 
 
+@pytest.mark.slow
 def test_prompts_of_any_length_fit_a_capacity_and_a_chunk(monkeypatch):
     """Around every border of the sizes: the answer equals that of one uncached forward."""
     monkeypatch.setattr(engine_module, "PREFILL_CHUNKS", (4, 16, 64))

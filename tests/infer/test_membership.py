@@ -182,6 +182,7 @@ def test_of_layers_that_rank_alike_the_first_is_chosen():
 
 # -------------------------------------------------------------------------------------------------- what a model says
 @pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.slow
 def test_activations_are_those_of_a_single_text_run_layer_by_layer(stacked):
     used = Model(CFG, init_params(CFG, jax.random.key(0))) if stacked else model()
     found = last_activations(used, TOKENIZER, TEXTS, batch=2)
@@ -288,6 +289,7 @@ def test_words_give_away_a_shift_and_nothing_without_one():
 
 # ---------------------------------------------------------------------------------------------------------- learning
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_a_model_gives_away_the_texts_it_memorised():
     rng = np.random.default_rng(4)
     texts = ["".join(rng.choice(list("abcdefgh"), size=30)) for _ in range(32)]

@@ -139,6 +139,7 @@ def test_a_mask_leaves_out_tokens_their_values_and_their_gradients(tiles, mask):
 
 
 @pytest.mark.parametrize(("number", "tiles"), [(0, 0), (1, 1), (8, 1), (9, 2), (37, 5)])
+@pytest.mark.slow
 def test_tiles_without_a_token_are_skipped(number, tiles, monkeypatch):
     """By the calls of what computes a tile, where loops are Python's."""
     made, compute = [], module.logits_tile

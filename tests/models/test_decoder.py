@@ -87,6 +87,7 @@ def test_matches_transformers_on_the_larger_goldens(name, shared):
     check_against_transformers(shared / "goldens" / name)
 
 
+@pytest.mark.slow
 def test_stacked_layers_compute_what_unrolled_ones_do():
     cfg, params = model()
     tokens, positions = batch()

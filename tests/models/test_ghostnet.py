@@ -215,6 +215,7 @@ def test_the_whole_network_folded_is_the_network(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, found[1:], wanted[1:])
 
 
+@pytest.mark.slow
 def test_training_moves_every_statistic_and_reaches_every_weight():
     params, stats = network()
 

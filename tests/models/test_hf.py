@@ -312,6 +312,7 @@ def test_a_master_has_the_bytes_of_the_table(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_master_is_served_at_any_width_and_trained_as_floats(tmp_path):
     folder = written(tmp_path / "it")
     for given, width in ((None, 8), (8, 8), (4, 4), (2, 2), ((8, 2), (8, 2))):

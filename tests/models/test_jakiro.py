@@ -73,6 +73,7 @@ def parts(cfg=CFG):
 
 
 # -------------------------------------------------------------------------------------------------------- contrastive
+@pytest.mark.slow
 def test_both_guesses_match_float64_in_the_sorted_form_too():
     """The form of the paper's code sorts the experts by weight, and takes the second from the first."""
     a, e, g = parts()

@@ -214,6 +214,7 @@ def test_low_rank_factors_of_a_weight_with_two_axes_of_inputs():
 
 # -------------------------------------------------------------------------------------------------------- calibration
 @pytest.mark.parametrize("cfg", [CFG, PLAIN], ids=["everything", "plain"])
+@pytest.mark.slow
 def test_the_second_forward_pass_is_the_first_to_the_bit(cfg):
     """Op by op, as both are written; the states between layers too, and what each matrix is multiplied with."""
     positions = jnp.broadcast_to(jnp.arange(12)[None], (2, 12))
@@ -257,6 +258,7 @@ def leaves(tree):
         yield from ((i, block, name, layer[block][name]) for block in ("attn", "mlp") for name in layer[block])
 
 
+@pytest.mark.slow
 def test_every_matrix_is_quantised_as_its_rule_says():
     for method in ("rtn", "search"):
         master = unstack_layers(nearest_model(CFG, stack_layers(base(CFG)), MIXED, method))
@@ -273,6 +275,7 @@ def test_every_matrix_is_quantised_as_its_rule_says():
                 np.testing.assert_array_equal(leaf["codes"], round_to_nearest(w, cfg, 2 if name == "o" else 1)["codes"])
 
 
+@pytest.mark.slow
 def test_the_whole_model_is_calibrated_layer_by_layer_on_what_the_quantised_layers_give():
     master = quantise_model(CFG, base(CFG), MIXED, "gptq", TOKENS)
     served = from_master(master, 8, MIXED)  # each at its own first width

@@ -117,6 +117,7 @@ def tuple_like(x):
 
 
 @pytest.mark.parametrize("train", [False, True])
+@pytest.mark.slow
 def test_the_float_network_is_that_of_loops(train):
     params, stats, *_ = networks()
     assert_close(resnet.forward(FLOAT, params, stats, images(), train=train), oracle(params, stats, train=train))

@@ -234,6 +234,7 @@ EDIT = st.tuples(st.integers(0, 250), st.integers(-20, 6), st.binary(max_size=3)
 
 @settings(max_examples=1000, deadline=2000)
 @given(st.lists(EDIT, min_size=1, max_size=3), st.integers(0, 4), st.booleans())
+@pytest.mark.slow
 def test_fuzz_ends_in_our_error_or_in_what_the_official_library_reads(tmp_path_factory, edits, length, index):
     folder, raw = tmp_path_factory.getbasetemp() / f"fuzz{index}", INDEX_TEXT if index else HEADER
     for at, gone, new, odd in edits:  # another JSON value in place of one, or other bytes in place of some

@@ -118,6 +118,7 @@ def test_steps_match_a_float64_loop(name, steps):
 
 @pytest.mark.optimizer
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor"])
+@pytest.mark.slow
 def test_moments_are_float32_whatever_the_parameters_are_in(name):
     cfg = dataclasses.replace(CFG, name=name)
     half = jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), trees(0))

@@ -320,6 +320,7 @@ def test_what_is_written_down_trains_as_the_model_itself(base, tmp_path, monkeyp
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_sums_in_columns_are_read(base, tmp_path):
     """Those that a run wrote down, put into the rows: the same training."""
     start("preference", settings(base, tmp_path / "stored"), PreferenceOptions(reference="precomputed"))
@@ -346,6 +347,7 @@ def test_adapters_are_held_against_the_model_without_them(base, tmp_path):
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_a_mixed_reference_follows_the_policy_and_is_saved(base, tmp_path, monkeypatch):
     options = PreferenceOptions(reference="mixed", mix=1.0, mix_every=2)
     cfg = settings(base, tmp_path / "whole")
@@ -360,6 +362,7 @@ def test_a_mixed_reference_follows_the_policy_and_is_saved(base, tmp_path, monke
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_bco_carries_its_shift_over_a_stop(base, tmp_path, monkeypatch):
     options = with_settings(PreferenceOptions(objective="bco"), BcoConfig(beta=0.5))
     cfg = settings(base, tmp_path / "whole", data="unpaired.jsonl")
@@ -414,6 +417,7 @@ def test_objectives_of_every_layout_train(base, tmp_path, name):
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_d2o_takes_as_many_samples_as_it_is_told(base, tmp_path):
     options = with_settings(PreferenceOptions(objective="d2o"), D2oConfig(samples=3, beta=0.5, alpha=0.5))
     cfg = settings(base, tmp_path / "run", data="dispreferred.jsonl", batch=BatchConfig(size=8, max_length=96))
@@ -427,7 +431,7 @@ def test_d2o_takes_as_many_samples_as_it_is_told(base, tmp_path):
 
 
 @pytest.mark.optimizer
-@pytest.mark.parametrize("name", ["dpo", "simpo"])
+@pytest.mark.parametrize("name", ["dpo", pytest.param("simpo", marks=pytest.mark.proof)])
 @pytest.mark.slow
 def test_neither_micro_batches_nor_devices_nor_packing_change_the_training(base, tmp_path, name):
     from jaxaroo.sharding.mesh import MeshConfig
@@ -459,6 +463,7 @@ UNLEARN = [
 
 @pytest.mark.optimizer
 @pytest.mark.parametrize("given", UNLEARN, ids=lambda c: f"{c.forget}, {c.retain}")
+@pytest.mark.slow
 def test_answers_are_forgotten_and_others_are_not(base, tmp_path, given):
     who = lambda i: {"name": f"Ann{i}", "question": f"q{i}?", "answer": "zz" if i < 8 else "aa", "refusal": "no"}
     rows = [who(i) | {"split": "forget" if i < 8 else "retain", "eval": i == 0} for i in range(16)]

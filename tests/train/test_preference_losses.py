@@ -69,6 +69,7 @@ def total(terms, number):
 
 
 @pytest.mark.parametrize("name", TRL)
+@pytest.mark.slow
 def test_losses_from_the_weights_of_checkpoints_are_those_that_trl_printed(golden, name):
     found, config, params, batch = golden
     options = with_settings(PreferenceOptions(objective="dpo"), DpoConfig(**TRL[name]))
@@ -82,6 +83,7 @@ def test_losses_from_the_weights_of_checkpoints_are_those_that_trl_printed(golde
             np.testing.assert_allclose(got[f"rewards/{key}"], found[f"rewards_{key}"], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_orpo_asks_for_the_prompts_too():
     """Its likelihood is of prompt and chosen answer together, though the batch's mask is of answers alone."""
     rows = [{"prompt": "say " * (1 + i), "chosen": "aa", "rejected": "z"} for i in range(3)]

@@ -96,9 +96,7 @@ def stop_at(number):
 
 
 @pytest.mark.optimizer
-@pytest.mark.parametrize(
-    "name", [n if n in ("eagle", "kangaroo") else pytest.param(n, marks=pytest.mark.proof) for n in KINDS]
-)
+@pytest.mark.parametrize("name", [n if n == "eagle" else pytest.param(n, marks=pytest.mark.proof) for n in KINDS])
 @pytest.mark.slow
 def test_trains_beside_its_target_resumes_to_the_bit_and_serves(target, tmp_path, name):
     kind, options = KINDS[name]
@@ -202,6 +200,7 @@ def records_of(out):
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_a_head_knows_its_drafter_again(target, tmp_path, monkeypatch):
     """The frozen networks are not saved, but their fingerprints are."""
     other = tmp_path / "drafter"
@@ -217,6 +216,7 @@ def test_a_head_knows_its_drafter_again(target, tmp_path, monkeypatch):
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_a_judge_trains_on_labels_and_what_it_passes_is_called_lossy(target, tmp_path):
     data, out = str(target / "labelled.jsonl"), tmp_path / "out"
     cfg = settings(target, out, data=data, steps=30, optimizer=OptimizerConfig(learning_rate=3e-2, warmup_steps=0))
@@ -329,6 +329,7 @@ def test_a_reward_model_trains_scores_and_goes_on_from_outcomes(target, solution
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_a_head_alone_learns_from_surprisal_and_leaves_the_decoder_as_it_is(target, solutions, tmp_path):
     options = RewardOptions(separator="\n", between="", surprisal=True, train="head")
     data = dict(data=str(target / "steps.jsonl"), steps=6)

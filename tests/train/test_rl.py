@@ -134,6 +134,7 @@ def test_groups_of_equal_rewards_change_nothing(model, tmp_path):
     ] * 2
 
 
+@pytest.mark.slow
 def test_an_answer_without_a_reward_is_as_if_it_were_not_there(model, tmp_path):
     """Whatever it says."""
     missing = lambda value: lambda problems, answers: [[1.0, value, 0.0, 0.5] for _ in problems]
@@ -154,6 +155,7 @@ def test_an_answer_without_a_reward_is_as_if_it_were_not_there(model, tmp_path):
     assert weights(tmp_path / "c") == (model / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_further_updates_see_what_the_sampler_was(model, tmp_path):
     """The ratio is 1 before the first update of a step alone, and the clip stops what has moved too far."""
     cfg = settings(
@@ -167,6 +169,7 @@ def test_further_updates_see_what_the_sampler_was(model, tmp_path):
     assert all(r["kl_penalty"] != 0 for r in told)
 
 
+@pytest.mark.slow
 def test_minibatches_are_all_answers_each_once(model, tmp_path, monkeypatch):
     seen, measured, make = [], [], rl.make_train_step
 
@@ -206,6 +209,7 @@ def test_processes_share_whole_problems(monkeypatch):
         rl._share(6)
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_the_first_steps(model, tmp_path):
     """Counted by JAX itself: every trace and every compilation in the process reports its duration."""
     compiled, after = [], []
@@ -322,6 +326,7 @@ def test_settings_out_of_range_are_refused(model, tmp_path, changes, message):
         settings(model, tmp_path, **changes)
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite_end_the_run(model, tmp_path):
     params = hf.load(model, stacked=True).params
     broken = tmp_path / "broken"
@@ -331,6 +336,7 @@ def test_losses_that_are_not_finite_end_the_run(model, tmp_path):
         run_rl(settings(broken, tmp_path / "out", steps=5, max_skipped=3), RlOptions(), online())
 
 
+@pytest.mark.slow
 def test_adapters_learn_beside_value_heads(model, tmp_path):
     cfg = settings(model, tmp_path / "out", steps=3, adapters="lora", minibatches=2, packing=False)
     run_rl(cfg, RlOptions(algorithm="ppo", kl_weight=0.1), online())
@@ -340,6 +346,7 @@ def test_adapters_learn_beside_value_heads(model, tmp_path):
     assert told[2]["value_loss"] != told[0]["value_loss"]
 
 
+@pytest.mark.slow
 def test_the_sampler_gets_layers_apart_on_one_device_in_the_type_of_activations(model, tmp_path, monkeypatch):
     monkeypatch.setattr(rl, "make_mesh", make_mesh)
     given = []

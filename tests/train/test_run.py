@@ -242,6 +242,7 @@ def test_four_processes_train_as_one(tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
     out = tmp_path / "one"
     child = begin("sft", *OPTIONS, "--out", out)
@@ -256,6 +257,7 @@ def jsonl(path, rows):
     return str(path)
 
 
+@pytest.mark.slow
 def test_adapters_to_a_model_on_disk_and_rows_of_a_file(undisturbed, tmp_path):
     """LoRA on a checkpoint: the base stays as it is, and the export is merged."""
     rows = [{"prompt": f"what is {i} ?", "completion": f"{i} = {i}"} for i in range(40)]
@@ -292,6 +294,7 @@ def test_adapters_to_a_model_on_disk_and_rows_of_a_file(undisturbed, tmp_path):
     assert sum(x.size for x in jax.tree.leaves(found) if x.ndim > 1) == 3 * adapters  # and two moments; not the model
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_ends_the_run_and_leaves_its_checkpoints(tmp_path):
     rate = OptimizerConfig(learning_rate=1e30, warmup_steps=0, clip_norm=None)
     cfg = settings(tmp_path / "out", optimizer=rate, max_skipped=4, checkpoint=CheckpointConfig(every=1, keep=30))
@@ -309,6 +312,7 @@ def test_the_seed_decides_the_order(undisturbed, tmp_path):
     assert order != [r["tokens"] for r in records(undisturbed)[:3]]
 
 
+@pytest.mark.slow
 def test_a_run_knows_its_data_again(tmp_path):
     rows = [{"prompt": f"what is {i} ?", "completion": f"{i} = {i}"} for i in range(40)]
     data = jsonl(tmp_path / "rows.jsonl", rows)

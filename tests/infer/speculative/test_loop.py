@@ -110,6 +110,7 @@ IN_THE_SUITE = ("a chain, rejection", "three chains, k-seq")  # the rest with `m
 @pytest.mark.parametrize(
     "name", [name if name in IN_THE_SUITE else pytest.param(name, marks=pytest.mark.proof) for name in LOSSLESS]
 )
+@pytest.mark.slow
 def test_texts_have_the_law_of_the_target(name):
     drafter, verifier = LOSSLESS[name]
     check(drafter, verifier)

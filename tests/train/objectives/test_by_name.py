@@ -128,6 +128,7 @@ def test_packing_changes_nothing_and_prompts_and_padding_do_not_count(name):
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "bco", "d2o", "simpo", "wpo", "ld-dpo", "dft", "asft", "fsft"])
+@pytest.mark.slow
 def test_parts_of_a_window_add_up(name):
     """So micro-batches change nothing; but where examples know of each other, as aot's and kto's do."""
     cfg = OBJECTIVES[name].config

@@ -55,6 +55,7 @@ def mean(term):
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_a_float_network_learns_labels_and_masked_images_do_not_count():
     plain, _ = params()
     terms, measured = float_loss(FLOAT)(plain, batch(), jax.random.key(0))

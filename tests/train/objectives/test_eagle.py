@@ -152,6 +152,7 @@ def run_loss(noise):
     return jax.jit(parts_of(make_loss(CFG, dataclasses.replace(QUIET, noise=noise))))
 
 
+@pytest.mark.slow
 def test_packed_rows_equal_examples_alone_through_the_networks():
     """Each example alone, padded to the same length, by the networks and numpy sums: features, pairs, masks, all."""
     got = run_loss(0.0)(weights(), BATCH, jax.random.key(0))

@@ -172,6 +172,7 @@ def test_bad_tokens_that_count_more_are_refused_more_often():
     assert recall[0] < recall[1] < recall[2]
 
 
+@pytest.mark.slow
 def test_a_draft_passes_when_served_exactly_above_what_training_found():
     """One draft that the target refuses: a threshold below the trained probability lets it pass, one above does not."""
     target, small = params()["target"], init_params(TARGET, jax.random.key(8))

@@ -60,6 +60,7 @@ def test_scores_are_those_of_each_example_alone(changes):
 
 
 @pytest.mark.parametrize("changes", [{}, {"window": 4, "window_layers": (True, False)}])
+@pytest.mark.slow
 def test_a_prompt_that_stands_once_is_seen_by_all_its_answers_and_by_nothing_else(changes):
     """Values and gradients are those of every sequence written out in a row of its own."""
     cfg = dataclasses.replace(CFG, **changes)

@@ -395,6 +395,7 @@ def test_it_learns_which_drafts_will_be_refused():
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_served_it_ends_drafts_better_than_by_their_length():
     """Of as many drafts a step, more are accepted than in chains of a fixed length."""
     _, head, *_ = learned()

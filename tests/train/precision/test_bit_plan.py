@@ -86,6 +86,7 @@ def test_sizes_count_what_is_quantised(rules):
 
 
 @pytest.mark.parametrize("rules", RULES)
+@pytest.mark.slow
 def test_a_width_costs_its_distance_from_the_master_times_the_mean_trace(rules):
     params, scales = model(RULES[rules])
     far = distances(RULES[rules])

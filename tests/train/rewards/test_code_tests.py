@@ -151,6 +151,7 @@ def test_how_it_ended_and_what_it_said():
     assert sorted(both.split()) == ["err", "out"]
 
 
+@pytest.mark.slow
 def test_an_endless_loop_ends_and_so_does_a_long_sleep():
     busy = run_test("while True: pass", "", LIMITS)
     assert (busy.passed, busy.ended) == (False, "SIGXCPU")
