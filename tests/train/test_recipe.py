@@ -16,6 +16,7 @@ from jaxaroo.models import checkpoint, heads, hf, kangaroo, reward
 from jaxaroo.models.decoder import DecoderConfig, Model, init_params
 from jaxaroo.models.lora import LoraConfig
 from jaxaroo.models.tokenizer import byte_tokenizer
+from jaxaroo.sharding.mesh import MeshConfig, make_mesh
 from jaxaroo.train import run
 from jaxaroo.train.checkpoint import CheckpointConfig, DamagedCheckpointError
 from jaxaroo.train.data.pipeline import BatchConfig
@@ -350,6 +351,45 @@ def test_a_head_alone_learns_from_surprisal_and_leaves_the_decoder_as_it_is(targ
         start("orm", settings(target, left, evaluate_every=1, **data), options, evaluate=stop_at(5))
     assert resume(left).finished
     assert files(left / "model" / "reward") == files(tmp_path / "orm" / "model" / "reward")
+
+
+EVERY = {
+    "sft": {},
+    "drafter": {"experts_dim": 24, "kind": "jakiro"},
+    "early-exit": {"exit_layer": 1},
+    "acceptance": {"drafter": "small", "blocks": 1},
+    "judge": {},
+    "prm": SEPARATED | {"inner": 8},
+    "orm": SEPARATED,
+    "value": SEPARATED,
+    "qat": {"bits": "8,4"},
+    "preference": {"objective": "dpo"},
+}
+FILES = {"judge": "labelled", "value": "labelled", "prm": "steps", "orm": "steps", "preference": "pairs"}
+
+
+@pytest.mark.optimizer
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [k if k != "orm" else pytest.param(k, marks=pytest.mark.proof) for k in EVERY])
+def test_a_mesh_of_eight_along_all_axes_gives_what_one_device_gives(target, solutions, tmp_path, monkeypatch, kind):
+    """Parts of rows, weights, heads and sequences: losses, gradients, and what an update made of them."""
+    pairs = [{"prompt": f"say {i % 5}", "chosen": f" {i % 5}" * 3, "rejected": " 9" * (1 + i % 3)} for i in range(40)]
+    (target / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    given = EVERY[kind] | ({"drafter": str(target / "small")} if kind == "acceptance" else {})
+    options = dataclasses.replace(RECIPES[kind].options(), **given)
+    data = str(target / f"{FILES.get(kind, 'rows')}.jsonl")
+    meshes = {"one": (MeshConfig(), 1), "eight": (MeshConfig(fsdp=2, tensor=2, sequence=2), 8)}
+    found = {}
+    for name, (mesh, devices) in meshes.items():
+        monkeypatch.setattr(run, "make_mesh", lambda cfg, devices=devices: make_mesh(cfg, jax.devices()[:devices]))
+        rows = BatchConfig(size=8, max_length=32, micro_batches=2)
+        cfg = settings(target, tmp_path / name, data=data, steps=2, batch=rows, mesh=mesh)
+        assert start(kind, cfg, options).finished
+        found[name] = read_records(tmp_path / name / "metrics.jsonl")
+    for one, eight in zip(found["one"], found["eight"], strict=True):
+        assert one["grad_norm"] > 0
+        for name in one.keys() - {"seconds"}:
+            assert eight[name] == pytest.approx(one[name], rel=5e-4, abs=1e-6), name
 
 
 @pytest.mark.optimizer

@@ -12,7 +12,7 @@ import pytest
 from jaxaroo.models import hf
 from jaxaroo.models.decoder import DecoderConfig, Model, init_params, logits
 from jaxaroo.models.tokenizer import byte_tokenizer
-from jaxaroo.sharding.mesh import make_mesh
+from jaxaroo.sharding.mesh import MeshConfig, make_mesh
 from jaxaroo.train import rl
 from jaxaroo.train.advantages.constrained import ConstrainedConfig
 from jaxaroo.train.algorithms import RlOptions
@@ -198,6 +198,18 @@ def test_minibatches_are_all_answers_each_once(model, tmp_path, monkeypatch):
     assert told["ratio/max"] == max(each("ratio_max")) > each("ratio_max")[-1]
     np.testing.assert_allclose(told["grad_norm"], np.mean(each("grad_norm")))
     assert told["learning_rate"] == each("learning_rate")[-1] != each("learning_rate")[0]
+
+
+@pytest.mark.slow
+def test_a_mesh_of_eight_along_all_axes_gives_what_one_device_gives(model, tmp_path, monkeypatch):
+    mesh = MeshConfig(fsdp=2, tensor=2, sequence=2)
+    asked = dict(groups=4, epochs=2, max_length=32)
+    run_rl(settings(model, tmp_path / "one", **asked), RlOptions(kl_weight=0.1), online())
+    monkeypatch.setattr(rl, "make_mesh", make_mesh)
+    run_rl(settings(model, tmp_path / "eight", **asked, mesh=mesh), RlOptions(kl_weight=0.1), online())
+    for one, eight in zip(records(tmp_path / "one"), records(tmp_path / "eight"), strict=True):
+        assert one["grad_norm"] > 0
+        assert eight == pytest.approx(one, rel=5e-4, abs=1e-6)
 
 
 @pytest.mark.errors
