@@ -17,6 +17,7 @@ from . import (
     bench,
     bits,
     data,
+    doctor,
     evaluate,
     files,
     generate,
@@ -75,6 +76,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "eval best-of-n": evaluate.eval_best_of_n,
     "plan": plan.plan,
     "bench speculative": bench.bench_speculative,
+    "doctor": doctor.doctor,
     "quickstart": quickstart.quickstart,
 }
 
