@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .output import FloatType, UsageError, dumps
 
@@ -67,6 +67,67 @@ def data_code_pairs(
     _write(out, pairs())
     line = f"{report['pairs']} pairs of {report['prompts']} prompts, {report['runs']} runs"
     print(dumps(report) if json else line)
+    print(f"wrote {out}", file=sys.stderr)
+    return 0
+
+
+def data_pairs(
+    *,
+    data: Path,
+    out: Path,
+    by: Literal["scores", "outcome"] = "scores",
+    aggregate: Literal["min", "product", "last", "mean"] = "last",
+    margin: float = 0.0,
+    json: bool = False,
+) -> int:
+    """Make pairs for `train preference` of answers that were ranked: of each prompt the best beside the worst.
+
+    Args:
+      data: JSONL file of `eval best-of-n --out`, or rows of layout `steps`, several to a prompt, with the `scores` that
+        `eval prm --out` writes or with `outcome`.
+      out: JSONL file to write: prompt, chosen, rejected, and what they are worth.
+      by: what ranks them, a reward model's step scores or whether they are right.
+      aggregate: makes one number of the scores of an answer's steps.
+      margin: by more than this the two differ.
+      json: print one JSON object.
+    """
+    from ..infer.guided.best_of_n import aggregate as one_number
+    from ..train.data.ranked import Judged, ranked_pair
+    from .label import joiner_of, solution_text
+
+    _expect_new(out)
+    answers: dict[str, list[Judged]] = {}
+    prompts: dict[str, Any] = {}
+    texts: Any
+    scores: Any
+    right: Any
+    for where, row in _objects(data):
+        if fault := _ranked_fault(row, by):
+            raise ValueError(f"{where}: {fault}.")
+        if "texts" in row:
+            texts, scores, right = row["texts"], row.get("scores"), row.get("correct")
+        else:
+            texts, scores, right = (
+                [solution_text(row, joiner_of([row], None))],
+                [row.get("scores")],
+                [row.get("outcome")],
+            )
+        worths = [one_number(s, aggregate) for s in scores] if by == "scores" else [float(r) for r in right]
+        name = jsonlib.dumps(row["prompt"], sort_keys=True)
+        prompts[name] = row["prompt"]
+        answers.setdefault(name, []).extend(map(Judged, texts, worths))
+    found = [(prompts[name], ranked_pair(each, margin)) for name, each in answers.items()]
+    rows = [
+        {"prompt": prompt, "chosen": pair[0].text, "rejected": pair[1].text}
+        | {"score_chosen": pair[0].worth, "score_rejected": pair[1].worth}
+        for prompt, pair in found
+        if pair is not None
+    ]
+    if not rows:
+        raise ValueError(f"data pairs: no prompt of the {len(found)} of {data} has two answers that differ by {by}.")
+    _write(out, rows)
+    report = {"prompts": len(found), "pairs": len(rows)}
+    print(dumps(report) if json else f"{len(rows)} pairs of {len(found)} prompts")
     print(f"wrote {out}", file=sys.stderr)
     return 0
 
@@ -338,6 +399,21 @@ def _code_fault(row: Row) -> str | None:
         return f"`passed` is {passed!r:.80}; expected {J} lists of {K} values 0 or 1, or none to have them run"
     if passed is not None and not {bit for bits in passed for bit in bits} <= {0, 1}:
         return f"`passed` is {passed!r:.80}; expected 0 or 1"
+    return None
+
+
+def _ranked_fault(row: Row, by: str) -> str | None:
+    """What is wrong with a row of answers that are ranked."""
+    several = "texts" in row
+    texts = row.get("texts") if several else [row.get("completion", row.get("steps"))]
+    if not row.get("prompt") or not isinstance(texts, list) or not texts or not all(texts):
+        return f"found columns {sorted(row)}; expected `prompt` with `texts`, or with `steps`"
+    name = "scores" if by == "scores" else "correct" if several else "outcome"
+    value = row.get(name) if several else [row.get(name)]
+    kind = list if by == "scores" else (int, float)
+    if not isinstance(value, list) or len(value) != len(texts) or not all(isinstance(v, kind) for v in value):
+        more = " (`eval prm --out` writes them)" if by == "scores" else ""
+        return f"`{name}` is {row.get(name)!r:.80}; expected one for each answer{more}"
     return None
 
 

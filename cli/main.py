@@ -58,6 +58,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train ghostnet": vision.train_ghostnet,
     "train resume": train.train_resume,
     "data code-pairs": data.data_code_pairs,
+    "data pairs": data.data_pairs,
     "data curry": data.data_curry,
     "data nauf": data.data_nauf,
     "data dualformer": data.data_dualformer,

@@ -261,3 +261,73 @@ def test_a_command_without_its_second_word_lists_them(run):
     assert status == 0
     for name in ("code-pairs", "curry", "nauf", "dualformer", "mix"):
         assert name in out
+
+
+# -------------------------------------------------------------------------------------------------------------- pairs
+def test_pairs_of_scored_steps_are_read_by_preference_training(run, tmp_path):
+    """Worth by hand: the last score of each; the prompt of which all answers are worth the same has no pair."""
+    row = lambda prompt, steps, scores, **more: {"prompt": prompt, "steps": steps, "scores": scores, **more}
+    data = [
+        row("p", ["a", "b"], [0.9, 0.2]),
+        row("q", ["x"], [0.5]),
+        row("p", ["c"], [0.7], joiner=""),
+        row("q", ["y"], [0.5]),
+        row("p", ["d", "e"], [0.1, 0.4], joiner="; "),
+    ]
+    out = tmp_path / "pairs.jsonl"
+    status, said, _ = run("data", "pairs", "--data", write(tmp_path / "scored.jsonl", data), "--out", out)
+    assert (status, said) == (0, "1 pairs of 2 prompts\n")
+    assert rows_of(out) == [
+        {"prompt": "p", "chosen": "c", "rejected": "a\nb", "score_chosen": 0.7, "score_rejected": 0.2}
+    ]
+    assert open_examples(out, "pairs")[0]["chosen"] == "c"
+    more = ("--aggregate", "min", "--out", tmp_path / "min.jsonl", "--json")
+    status, said, _ = run("data", "pairs", "--data", tmp_path / "scored.jsonl", *more)
+    assert json.loads(said) == {"prompts": 2, "pairs": 1}
+    assert rows_of(tmp_path / "min.jsonl")[0]["rejected"] == "d; e"  # 0.1, which its first step is worth
+    status, _, err = run(
+        "data", "pairs", "--data", tmp_path / "scored.jsonl", "--margin", 0.6, "--out", tmp_path / "no"
+    )
+    assert (status, "no prompt of the 2 of" in err, (tmp_path / "no").exists()) == (1, True, False)
+
+
+def test_pairs_of_chosen_answers_by_scores_and_by_outcomes(run, tmp_path):
+    """Rows of `eval best-of-n`: an answer that has no steps is neither."""
+    chat = [{"role": "user", "content": "p"}]
+    rows = [
+        {"prompt": chat, "texts": ["a", "b", "c"], "scores": [[0.9], [], [0.1, 0.3]], "correct": [False, True, True]}
+    ]
+    data = write(tmp_path / "chosen.jsonl", rows)
+    found = {}
+    for by in ("scores", "outcome"):
+        assert run("data", "pairs", "--data", data, "--by", by, "--out", tmp_path / f"{by}.jsonl")[0] == 0
+        [found[by]] = rows_of(tmp_path / f"{by}.jsonl")
+    assert (found["scores"]["chosen"], found["scores"]["rejected"]) == ("a", "c")
+    assert (found["outcome"]["chosen"], found["outcome"]["rejected"]) == ("b", "a")
+    assert found["outcome"]["prompt"] == chat
+
+
+@pytest.mark.errors
+@pytest.mark.parametrize(
+    ("row", "by", "said"),
+    [
+        (
+            {"steps": ["a"], "scores": [1.0]},
+            "scores",
+            "found columns ['scores', 'steps']; expected `prompt` with",
+        ),
+        ({"prompt": "p", "steps": ["a"]}, "scores", "`scores` is None; expected one for each answer (`eval prm --out`"),
+        ({"prompt": "p", "steps": ["a"]}, "outcome", "`outcome` is None; expected one for each answer."),
+        (
+            {"prompt": "p", "texts": ["a", "b"], "correct": [True]},
+            "outcome",
+            "`correct` is [True]; expected one for",
+        ),
+        ({"prompt": "p", "texts": ["a"], "scores": [0.5]}, "scores", "`scores` is [0.5]; expected one for each answer"),
+    ],
+)
+def test_rows_that_nobody_ranked_are_refused(run, tmp_path, left, row, by, said):
+    data = write(tmp_path / "rows.jsonl", [{"prompt": "p", "steps": ["a"], "scores": [1.0], "outcome": 1}, row])
+    status, _, err = run("data", "pairs", "--data", data, "--by", by, "--out", tmp_path / "out.jsonl")
+    assert (status, left()) == (1, ["rows.jsonl"])
+    assert f"rows.jsonl:2: {said}" in err
