@@ -24,7 +24,7 @@ help:  ## print this list
 	@sed -n 's/^\([a-z]*\):.*##/\1:/p' Makefile | awk -F: '{ printf "  make %-11s%s\n", $$1, $$2 }'
 	@sed -n 's/^#   /  /p' Makefile
 
-quickstart: $(STAMP)  ## train and run the small models of the embedded task; no download
+quickstart: $(STAMP)  ## every pillar on small models trained meanwhile, and a page that shows it; no download
 	$(BIN)/jaxaroo quickstart --out quickstart-out
 
 test: $(STAMP)  ## the test suite on CPU, in two processes

@@ -118,6 +118,8 @@ def _run(argv: list[str] | None) -> int:
             commands[name] = rounds.rounds_command(kind)
         elif name in commands and kind in vision.SUMMARIES:
             commands[name] = vision.vision_command(kind)
+        elif args[:1] == ["quickstart"]:
+            commands["quickstart"] = quickstart.quickstart_command(_run)
         if name in commands:
             args = [" ".join(args[:2]), *args[2:]]
         elif any(name.startswith(f"{args[0]} ") for name in commands if args):  # `jaxaroo train`, and typos behind it

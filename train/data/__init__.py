@@ -11,5 +11,4 @@ dstc.py        pairs from codes and tests that a model wrote itself
 nauf.py        refusals that name whom they are about, questions with names swapped, scores of unlearning
 arithmetic.py  the embedded task: word problems, their solutions, a checker of every step, injected slips
 images.py      CIFAR-10 from its binary files, augmented, the same again
-text.py        plain text as token windows, with the small corpus that ships with the package
 """
