@@ -8,7 +8,6 @@ from typing import Literal
 
 from .output import UsageError
 
-SUMMARIES = {"quickstart": "Train small models from nothing, judge their steps, improve, shrink and speed them up."}
 Name = Literal["policies", "rewards", "improve", "bits", "drafts"]
 
 

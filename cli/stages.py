@@ -1,7 +1,7 @@
 """The stages of `jaxaroo quickstart`: each a few commands that anybody could type, and what they leave behind.
 
 A command is done when `stages.jsonl` says so; what was stopped begins again with the command that was under way, which
-itself goes on where it was. Nothing is known here of what commands print, but that it is kept under `said/`.
+itself goes on where it was. What it prints is kept there too, and read by `report.py`.
 """
 
 import contextlib
