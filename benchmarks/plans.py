@@ -4,14 +4,17 @@ Every kind of step of an 8B model on 64 chips, of a 70B model on 256, and of dec
 that the compiler knows. Each line is a `jaxaroo plan`: memory is the compiler's account, times are bounds from
 published rates and no measurement. Needs libtpu (extra `aot`); a step of an 8B model compiles in one to three minutes
 on two cores and one of 70B in up to ten, so the whole list takes a night. What was compiled is remembered: a run that
-was stopped goes on where it was, and one after a change compiles the programs that the change has changed.
+was stopped goes on where it was, and one after a change compiles the programs that the change has changed. The results
+file grows by a row at a time; each row names the commit that it was compiled at.
 
     python -m benchmarks.plans
     python -m benchmarks.plans --only sft preference --size 8b
+    python -m benchmarks.plans --missing
 """
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 from typing import Any
@@ -67,17 +70,24 @@ def main() -> None:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("--only", nargs="+", help="kinds of steps")
     args.add_argument("--size", choices=[*PODS], help="of the model")
+    args.add_argument("--missing", action="store_true", help="leave out what the results have already")
     opts = args.parse_args()
-    result: dict[str, Any] = {"benchmark": "plans", "environment": record.environment(), "plans": []}
-    asked = [request for size in PODS if opts.size in (None, size) for request in requests(size)]
+    environment, everything = record.environment(), [request for size in PODS for request in requests(size)]
+    asked = [r for r in everything if opts.size in (None, r.model.rpartition("-")[2])]
+    asked = [r for r in asked if not opts.only or r.what in opts.only]
+    # rows of an earlier run stay, each with the commit it was compiled at
+    rows = {name: row for row in record.read("plans").get("plans", []) if (name := _name(row["request"]))}
     for request in asked:
-        if opts.only and request.what not in opts.only:
+        if opts.missing and _name(dataclasses.asdict(request)) in rows:
             continue
         try:
             found = answer(request)
         except ValueError as e:
             found = {"fits": False, "said": str(e)}
-        result["plans"].append({"request": dataclasses.asdict(request)} | found)
+        wanted = dataclasses.asdict(request)
+        rows[_name(wanted)] = {"request": wanted, "commit": environment["commit"]} | found
+        plans = [rows[name] for r in everything if (name := _name(dataclasses.asdict(r))) in rows]
+        record.write("plans", {"benchmark": "plans", "environment": environment, "plans": plans})
         limits = found.get("bounds") or {}
         held = f"{found.get('total', 0) / 2**30:.2f} GiB" + ("" if found["fits"] else ", does not fit")
         best = f", at best {limits['seconds']:.3g} s by {limits['bound_by']}" if limits else ""
@@ -86,7 +96,10 @@ def main() -> None:
             file=sys.stderr,
             flush=True,
         )
-    record.save("plans", result)
+
+
+def _name(request: dict[str, Any]) -> str:
+    return json.dumps(request, sort_keys=True)
 
 
 if __name__ == "__main__":

@@ -42,9 +42,20 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 def save(name: str, result: dict[str, Any]) -> None:
     """Write `results/name.json` and print the same document as the last line."""
+    write(name, result)
+    print(json.dumps(result))
+
+
+def write(name: str, result: dict[str, Any]) -> None:
+    """Write `results/name.json`."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+
+
+def read(name: str) -> dict[str, Any]:
+    """What `results/name.json` holds; {} if there is none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _versions(*names: str) -> dict[str, str]:

@@ -142,12 +142,15 @@ def test_the_host_never_holds_a_shard(tmp_path):
     model = hf.load(folder, mesh=Mesh(jax.devices(), "fsdp"), rules=hf.Rules(embed="fsdp"))
     tensor, shard = 4 * 512 * 1024, max(path.stat().st_size for path in folder.iterdir())
     load = functools.partial(hf.load, folder, dtype="bfloat16")  # as stored, JAX on a CPU lives in what numpy read
-    save = functools.partial(hf.save, tmp_path / "out", model)
+    save = functools.partial(hf.save, tmp_path / "out", model, overwrite=True)
     for function, most in ((load, shard), (functools.partial(load, stacked=True), shard), (save, 1.5 * tensor)):
-        tracemalloc.start()
-        kept = function()
-        used, _ = tracemalloc.get_traced_memory()[1], tracemalloc.stop()
-        assert tensor < used < most, kept
+        used = []
+        while not used or (len(used) < 3 and used[-1] >= most):  # what threads of other tests allocate only adds
+            tracemalloc.start()
+            kept = function()
+            used.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        assert tensor < used[-1] < most, (used, kept)
 
 
 @pytest.mark.parametrize("where", ["new fsync 1", "new replace 2", "old fsync 2", "old replace 5", "old replace 6"])
