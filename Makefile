@@ -18,7 +18,7 @@ STALE := stale
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test proof lint types clean $(STALE)
+.PHONY: help quickstart test proof lint docs types clean $(STALE)
 
 help:  ## print this list
 	@sed -n 's/^\([a-z]*\):.*##/\1:/p' Makefile | awk -F: '{ printf "  make %-11s%s\n", $$1, $$2 }'
@@ -37,12 +37,15 @@ lint: $(STAMP)  ## ruff: rules and layout
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
+docs: $(STAMP)  ## the pages, in docs/_build; a warning is an error
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+
 types: $(STAMP)  ## pyright
 	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 
 clean:  ## remove the environment and everything else that was made here
 	@.ci/venv --remove "$(VENV)"
-	rm -rf build dist *.egg-info .cache .hypothesis .pytest_cache .ruff_cache quickstart-out
+	rm -rf build dist docs/_build docs/_generated *.egg-info .cache .hypothesis .pytest_cache .ruff_cache quickstart-out
 	find . -name .git -prune -o -name '.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml $(STALE)

@@ -327,6 +327,35 @@ def step_of(
     )
 
 
+def read_examples(cfg: RunConfig, layout: Layout, progress: bool) -> Any:
+    """The rows of a run's data, checked.
+
+    Args:
+      cfg: names them, and says what to do about bad ones.
+      layout: what a row has to hold.
+      progress: show a bar.
+
+    Raises:
+      ValueError: for data that are not as they should be.
+    """
+    if cfg.data == ARITHMETIC:
+        if layout == "steps":
+            return ArithmeticSolutions(SolutionsConfig(problems=cfg.arithmetic, seed=cfg.seed))
+        if layout != "sft":
+            raise ValueError(
+                f"train: data={cfg.data!r} has rows of layouts sft and steps; expected a file of layout {layout} "
+                "(train/data/formats.py)."
+            )
+        return ArithmeticExamples(cfg.arithmetic)
+    if cfg.data.startswith("builtin:"):
+        raise ValueError(f"train: data={cfg.data!r}; expected {ARITHMETIC}, a file or a folder.")
+    examples = open_examples(Path(cfg.data), layout, on_bad_row=cfg.on_bad_row, split=cfg.split, progress=progress)
+    if examples.skipped:
+        first = examples.skipped[0]
+        log.warning("%d rows are left out, the first %s: %s", len(examples.skipped), first.where, first.message)
+    return examples
+
+
 def absolute_name(name: str) -> str:
     """A path as it is from everywhere; `preset:` and `builtin:` names are none."""
     return name if name.startswith(("preset:", "builtin:")) else str(Path(name).absolute())
@@ -356,7 +385,7 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
     began = time.time()
     recipe, origin = RECIPES[kind], origin_of(cfg)
     trainable = recipe.trainable(origin, options, cfg.lora if cfg.adapters == "lora" else None)
-    examples = recipe.prepare(_examples(cfg, recipe.layout(options), progress), options)
+    examples = recipe.prepare(read_examples(cfg, recipe.layout(options), progress), options)
     encode = recipe.encoder(origin, options)
     mesh = make_mesh(cfg.mesh)
     scored, referenced = recipe.scored(origin, options), None
@@ -445,25 +474,6 @@ def _base(origin: Origin, what: Trainable, mesh: Mesh) -> tuple[Params, Params]:
 def _state_of(cfg: RunConfig, what: Trainable, tx: Any, base: Params, key: jax.Array) -> TrainState:
     frozen, carry = base if what.beside else None, None if what.carry is None else what.carry.init(base)
     return init_state(what.init(base, key), tx, seed=cfg.seed, frozen=frozen, ema=cfg.ema > 0, carry=carry)
-
-
-def _examples(cfg: RunConfig, layout: Layout, progress: bool) -> Any:
-    if cfg.data == ARITHMETIC:
-        if layout == "steps":
-            return ArithmeticSolutions(SolutionsConfig(problems=cfg.arithmetic, seed=cfg.seed))
-        if layout != "sft":
-            raise ValueError(
-                f"train: data={cfg.data!r} has rows of layouts sft and steps; expected a file of layout {layout} "
-                "(train/data/formats.py)."
-            )
-        return ArithmeticExamples(cfg.arithmetic)
-    if cfg.data.startswith("builtin:"):
-        raise ValueError(f"train: data={cfg.data!r}; expected {ARITHMETIC}, a file or a folder.")
-    examples = open_examples(Path(cfg.data), layout, on_bad_row=cfg.on_bad_row, split=cfg.split, progress=progress)
-    if examples.skipped:
-        first = examples.skipped[0]
-        log.warning("%d rows are left out, the first %s: %s", len(examples.skipped), first.where, first.message)
-    return examples
 
 
 def _source(cfg: RunConfig, origin: Origin, parts: int) -> references.Source:
