@@ -91,32 +91,10 @@ def data_pairs(
       margin: by more than this the two differ.
       json: print one JSON object.
     """
-    from ..infer.guided.best_of_n import aggregate as one_number
-    from ..train.data.ranked import Judged, ranked_pair
-    from .label import joiner_of, solution_text
+    from ..train.data.ranked import ranked_pair
 
     _expect_new(out)
-    answers: dict[str, list[Judged]] = {}
-    prompts: dict[str, Any] = {}
-    texts: Any
-    scores: Any
-    right: Any
-    for where, row in _objects(data):
-        if fault := _ranked_fault(row, by):
-            raise ValueError(f"{where}: {fault}.")
-        if "texts" in row:
-            texts, scores, right = row["texts"], row.get("scores"), row.get("correct")
-        else:
-            texts, scores, right = (
-                [solution_text(row, joiner_of([row], None))],
-                [row.get("scores")],
-                [row.get("outcome")],
-            )
-        worths = [one_number(s, aggregate) for s in scores] if by == "scores" else [float(r) for r in right]
-        name = jsonlib.dumps(row["prompt"], sort_keys=True)
-        prompts[name] = row["prompt"]
-        answers.setdefault(name, []).extend(map(Judged, texts, worths))
-    found = [(prompts[name], ranked_pair(each, margin)) for name, each in answers.items()]
+    found = [(prompt, ranked_pair(answers, margin)) for prompt, answers in _judged(data, by, aggregate)]
     rows = [
         {"prompt": prompt, "chosen": pair[0].text, "rejected": pair[1].text}
         | {"score_chosen": pair[0].worth, "score_rejected": pair[1].worth}
@@ -128,6 +106,41 @@ def data_pairs(
     _write(out, rows)
     report = {"prompts": len(found), "pairs": len(rows)}
     print(dumps(report) if json else f"{len(rows)} pairs of {len(found)} prompts")
+    print(f"wrote {out}", file=sys.stderr)
+    return 0
+
+
+def data_labelled(
+    *,
+    data: Path,
+    out: Path,
+    by: Literal["scores", "outcome"] = "outcome",
+    aggregate: Literal["min", "product", "last", "mean"] = "last",
+    threshold: float = 0.5,
+    json: bool = False,
+) -> int:
+    """Make rows of prompt, completion and label, for `train value`, KTO and BCO, of answers that were judged.
+
+    Args:
+      data: as for `data pairs`.
+      out: JSONL file to write.
+      by: what judges them, whether they are right or a reward model's step scores.
+      aggregate: makes one number of the scores of an answer's steps.
+      threshold: an answer worth more than this is a good one; one that cannot be judged is left out.
+      json: print one JSON object.
+    """
+    _expect_new(out)
+    answers = [(prompt, answer) for prompt, each in _judged(data, by, aggregate) for answer in each]
+    rows = [
+        {"prompt": prompt, "completion": answer.text, "label": answer.worth > threshold}
+        for prompt, answer in answers
+        if abs(answer.worth) < float("inf")
+    ]
+    if not rows:
+        raise ValueError(f"data labelled: none of the {len(answers)} answers of {data} can be judged by {by}.")
+    _write(out, rows)
+    report = {"answers": len(answers), "rows": len(rows), "good": sum(row["label"] for row in rows)}
+    print(dumps(report) if json else f"{report['rows']} rows of {report['answers']} answers, {report['good']} good")
     print(f"wrote {out}", file=sys.stderr)
     return 0
 
@@ -320,6 +333,32 @@ def data_mix(
 
 
 # ----------------------------------------------------------------------------------------------------------- private
+def _judged(data: Path, by: str, aggregate: Any) -> list[tuple[Any, list[Any]]]:
+    """Each prompt with its answers and what they are worth (`train.data.ranked.Judged`), in the order of the file."""
+    from ..infer.guided.best_of_n import aggregate as one_number
+    from ..train.data.ranked import Judged
+    from .label import joiner_of, solution_text
+
+    answers: dict[str, list[Judged]] = {}
+    prompts: dict[str, Any] = {}
+    texts: Any
+    scores: Any
+    right: Any
+    for where, row in _objects(data):
+        if fault := _ranked_fault(row, by):
+            raise ValueError(f"{where}: {fault}.")
+        if "texts" in row:
+            texts, scores, right = row["texts"], row.get("scores"), row.get("correct")
+        else:
+            text = solution_text(row, joiner_of([row], None))
+            texts, scores, right = [text], [row.get("scores")], [row.get("outcome")]
+        worths = [one_number(s, aggregate) for s in scores] if by == "scores" else [float(r) for r in right]
+        name = jsonlib.dumps(row["prompt"], sort_keys=True)
+        prompts[name] = row["prompt"]
+        answers.setdefault(name, []).extend(map(Judged, texts, worths))
+    return [(prompts[name], each) for name, each in answers.items()]
+
+
 def _expect_new(out: Path) -> None:
     if os.path.lexists(out):
         raise FileExistsError(f"data: {out} exists; expected a new name. Remove it, or choose another.")

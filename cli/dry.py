@@ -12,7 +12,7 @@ from typing import Any
 
 FLAG = "--dry-run"
 INPUTS = ("source", "folder", "model", "data", "tokenizer", "policy", "drafter", "strong", "weak", "prompts", "plain")
-INPUTS += ("corpus", "stop_head", "test", "tune")  # settings that name what has to be there
+INPUTS += ("corpus", "guide", "stop_head", "test", "tune")  # settings that name what has to be there
 RUNS = ("sft", "drafter", "early-exit", "acceptance", "judge", "prm", "orm", "value", "qat", "preference")
 
 

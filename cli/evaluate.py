@@ -3,8 +3,11 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
+import tyro
+
+from ..infer.guided.settings import GuideConfig
 from .output import Bits, FloatType, UsageError, dumps, load_model, problems
 
 
@@ -79,6 +82,7 @@ def eval_answers(
     dtype: FloatType | None = None,
     bits: Bits | None = None,
     max_seqs: int = 32,
+    guiding: Annotated[GuideConfig, tyro.conf.arg(name="")] = GuideConfig(),
     out: Path | None = None,
     arithmetic_level: int = 2,
     arithmetic_hi: int = 20,
@@ -99,6 +103,7 @@ def eval_answers(
       dtype: of weights and activations; float32 on CPU and bfloat16 elsewhere when not given.
       bits: of a master (`train qat`) the width to serve at, or one a layer; its highest when not given.
       max_seqs: answers written at the same time.
+      guiding: let a reward model steer every token.
       out: JSONL file for questions, answers and verdicts.
       arithmetic_level: kind of the embedded problems, 1 to 4.
       arithmetic_hi: size of their numbers.
@@ -106,6 +111,7 @@ def eval_answers(
     """
     from ..infer.engine import Engine
     from ..infer.evaluate import Question, evaluate_answers
+    from ..infer.guided.load import load_guidance
     from ..infer.sampling import Sampling
     from ..models.tokenizer import load_tokenizer
 
@@ -118,7 +124,8 @@ def eval_answers(
         prompt = [{"role": "user", "content": row["prompt"]}] if chat else row["prompt"]
         questions.append(Question(prompt, answer))
     settings = Sampling(temperature=temperature, max_tokens=max_new_tokens, seed=seed, stop=stop)
-    with Engine(load_model(model, dtype=dtype, bits=bits).model, load_tokenizer(model), max_seqs=max_seqs) as engine:
+    asked, guidance = load_model(model, dtype=dtype, bits=bits).model, load_guidance(guiding, dtype)
+    with Engine(asked, load_tokenizer(model), max_seqs=max_seqs, guidance=guidance) as engine:
         report = evaluate_answers(engine, questions, settings, samples=samples, progress=not json)
     result = {name: value for name, value in report._asdict().items() if name != "rows"}
     if out is not None:

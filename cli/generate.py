@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from ..infer.guided.settings import GuideConfig
 from ..infer.speculative.settings import SpeculationConfig
 from .output import Bits, FloatType, UsageError, dumps, load_model
 
@@ -40,6 +41,7 @@ def generate(
     max_seqs: int = 8,
     speculation: Annotated[SpeculationConfig, tyro.conf.arg(name="")] = SpeculationConfig(),
     speculate: Literal["auto", "on", "off"] = "auto",
+    guiding: Annotated[GuideConfig, tyro.conf.arg(name="")] = GuideConfig(),
     json: bool = False,
 ) -> int:
     """Continue prompts with a Hugging Face checkpoint.
@@ -69,9 +71,11 @@ def generate(
       max_seqs: sequences decoded at the same time.
       speculation: draft several tokens, judge them at once.
       speculate: whether to draft; auto does so while it is faster than plain decoding.
+      guiding: let a reward model steer every token.
       json: print one JSON object per answer.
     """
     from ..infer.engine import Engine
+    from ..infer.guided.load import load_guidance
     from ..infer.sampling import Sampling
     from ..infer.speculative.load import load_speculation
     from ..models.tokenizer import load_tokenizer
@@ -118,6 +122,7 @@ def generate(
         kv_dtype=kv_dtype,
         speculation=drafting,
         speculate=speculate,
+        guidance=load_guidance(guiding, dtype),
     ) as engine:
         first: str | None = None
         for delta in engine.generate(inputs, sampling, stream=True):

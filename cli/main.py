@@ -61,6 +61,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train resume": train.train_resume,
     "data code-pairs": data.data_code_pairs,
     "data pairs": data.data_pairs,
+    "data labelled": data.data_labelled,
     "data curry": data.data_curry,
     "data nauf": data.data_nauf,
     "data dualformer": data.data_dualformer,

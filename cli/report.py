@@ -72,7 +72,7 @@ def _policies(out: Path, ran: list[Ran]) -> Section:
 
 
 def _rewards(out: Path, ran: list[Ran]) -> Section:
-    agreed, steps, chosen = _said(ran[3]), _said(ran[6]), _said(ran[7])
+    agreed, steps, chosen, guided = _said(ran[3]), _said(ran[6]), _said(ran[7]), _said(ran[10])
     best = chosen["best_of"]["min"]
     rows = [
         [k, *(_percent(values[i]) for values in (chosen["majority"], best, chosen["pass_at"]))]
@@ -85,12 +85,21 @@ def _rewards(out: Path, ran: list[Ran]) -> Section:
         "both models: a step from which the right answer is reached is good. Of the solutions "
         f"{agreed['kept']} were kept, those whose first error both agree on (Athena's filter). An outcome model began "
         "the process reward model, a head on the stronger model's states. Of two steps of unseen solutions it scores "
-        f"the good one higher in {_percent(steps['auroc'])} of cases (50 % is chance)."
+        f"the good one higher in {_percent(steps['auroc'])} of cases (50 % is chance). A value model learned from the "
+        "same solutions how they end, and weighs each token of the policy's as it decodes (IVO)."
     )
     head = ["answers", "majority", "by the worst step's score", "one that knows the truth"]
+    ways = ("greedily, alone", "greedily, guided by the value model")
+    steered = [
+        [name, found["n"], _percent(found["accuracy"]), _interval(found["interval"])]
+        for name, found in zip(ways, (_greedy(out), guided), strict=True)
+    ]
     return Section(
         text,
-        [{"title": "The policy's answers to unseen problems: right when chosen among k", "head": head, "rows": rows}],
+        [
+            {"title": "The policy's answers to unseen problems: right when chosen among k", "head": head, "rows": rows},
+            {"title": "", "head": ["the policy decodes", "unseen problems", "solved", "95 %"], "rows": steered},
+        ],
         [("Accuracy by how many answers there are to choose from", _best_of(chosen))],
         [
             {"prompt": row["prompt"].strip(), "steps": [*zip(row["steps"], row["labels"], row["scores"], strict=True)]}
@@ -100,7 +109,7 @@ def _rewards(out: Path, ran: list[Ran]) -> Section:
 
 
 def _improve(out: Path, ran: list[Ran]) -> Section:
-    before = next(_said(one) for one in read_done(out) if one.stage == "policies" and "policy/model" in one.command)
+    before = _greedy(out)
     ranked, dpo = _said(ran[1]), _said(ran[5])
     names = ("before", "its own right answers learned (one round)", "and DPO on pairs that the reward model ranked")
     rows = [
@@ -127,7 +136,7 @@ def _bits(out: Path, ran: list[Ran]) -> Section:
         "The stronger model was trained on for a moment at four widths together. One file of 8-bit codes then serves "
         "all of them; a width is a shift of its integers.",
         [{"title": "", "head": ["width", "perplexity", "solved greedily", "weights"], "rows": rows}],
-        [],
+        [("Problems solved by what the weights take", _by_bytes(measured))],
         [],
     )
 
@@ -168,6 +177,11 @@ def _said(ran: Ran) -> Any:
     return json.loads(ran.said)
 
 
+def _greedy(out: Path) -> Any:
+    """How the policy did before anything was done to it."""
+    return next(_said(one) for one in read_done(out) if one.stage == "policies" and "policy/model" in one.command)
+
+
 def _rows(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -199,6 +213,14 @@ def _best_of(chosen: Any) -> str:
         axes.plot(chosen["k"], [100 * v for v in values], marker="o", label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(chosen["k"], [str(k) for k in chosen["k"]])
+    axes.legend()
+    return _png(figure)
+
+
+def _by_bytes(measured: list[Any]) -> str:
+    figure, axes = _figure("weights (kB)", "solved greedily (%)")
+    for m in measured:
+        axes.plot([m["total"] / 1000], [100 * m["accuracy"]], marker="o", linestyle="", label=m["name"])
     axes.legend()
     return _png(figure)
 

@@ -38,6 +38,7 @@ class Sizes:
     samples: int = 4
     completions: int = 4  # of each step
     head: int = 400  # updates of reward models
+    value: int = 300  # of a value model
     asked: int = 200  # test questions
     round_problems: int = 500
     ranked: int = 200  # updates of the round
@@ -55,6 +56,7 @@ SMOKE = Sizes(
     samples=2,
     completions=1,
     head=2,
+    value=2,
     asked=4,
     round_problems=2,
     ranked=2,
@@ -134,6 +136,12 @@ def stages(out: Path, n: Sizes) -> tuple[Stage, ...]:
                     *("eval", "best-of-n", "--policy", policy, "--model", at("prm", "model"), *tests, *short),
                     *("--samples", "8", "--limit", str(n.asked), "--out", at("chosen.jsonl"), "--json"),
                 ),
+                ("data", "labelled", "--data", at("by-strong.jsonl"), "--out", at("answers.jsonl")),
+                (
+                    *("train", "value", "--model", strong, "--data", at("answers.jsonl"), *rows),
+                    *(*updates(n.value, "1e-3"), "--out", at("value")),
+                ),
+                (*ask, policy, "--guide", at("value", "model")),
             ),
         ),
         Stage(

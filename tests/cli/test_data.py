@@ -307,6 +307,27 @@ def test_pairs_of_chosen_answers_by_scores_and_by_outcomes(run, tmp_path):
     assert found["outcome"]["prompt"] == chat
 
 
+def test_labels_of_answers_by_outcome_and_by_scores(run, tmp_path):
+    """Worth by hand: b is cut and has no score, c is worth its last step."""
+    answers = {"texts": ["a", "b", "c"], "scores": [[0.9, 0.2], [], [0.1, 0.6]], "correct": [True, False, False]}
+    data = write(tmp_path / "chosen.jsonl", [{"prompt": "p", **answers}])
+    status, said, _ = run("data", "labelled", "--data", data, "--out", tmp_path / "outcome.jsonl")
+    assert (status, said) == (0, "3 rows of 3 answers, 1 good\n")
+    labels = lambda name: {row["completion"]: row["label"] for row in rows_of(tmp_path / name)}
+    assert labels("outcome.jsonl") == {"a": True, "b": False, "c": False}
+    assert len(open_examples(tmp_path / "outcome.jsonl", "unpaired")) == 3
+    asked = ("data", "labelled", "--data", data, "--by", "scores", "--out")
+    assert json.loads(run(*asked, tmp_path / "s.jsonl", "--json")[1]) == {"answers": 3, "rows": 2, "good": 1}
+    assert labels("s.jsonl") == {"a": False, "c": True}
+    assert run(*asked, tmp_path / "m.jsonl", "--aggregate", "mean", "--threshold", 0.5)[0] == 0
+    assert labels("m.jsonl") == {"a": True, "c": False}
+    write(tmp_path / "none.jsonl", [{"prompt": "p", "texts": ["b"], "scores": [[]]}])
+    status, _, err = run(
+        "data", "labelled", "--data", tmp_path / "none.jsonl", "--by", "scores", "--out", tmp_path / "no"
+    )
+    assert (status, "none of the 1 answers" in err, (tmp_path / "no").exists()) == (1, True, False)
+
+
 @pytest.mark.errors
 @pytest.mark.parametrize(
     ("row", "by", "said"),

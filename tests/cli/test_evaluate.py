@@ -112,6 +112,20 @@ def test_eval_best_of_n_shows_curves_between_one_answer_and_the_truth(run, speak
     assert (status, out.split()[:3]) == (0, ["k", "oracle", "majority"])
 
 
+def test_a_guide_steers_answers_and_not_together_with_drafts(run, speaking, rewarding, tmp_path):
+    rows = [{"prompt": f"q{i} ", "answer": "1"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = []
+    for i, guided in enumerate([(), ("--guide", rewarding, "--guide-beta", 200)]):
+        asked = ("eval", "answers", "--model", speaking, "--data", tmp_path / "rows.jsonl", "--max-new-tokens", 8)
+        status, _, _ = run(*asked, *guided, "--out", tmp_path / f"{i}.jsonl", "--json")
+        assert status == 0
+        said.append([json.loads(line)["texts"] for line in (tmp_path / f"{i}.jsonl").read_text().splitlines()])
+    assert said[0] != said[1]
+    status, _, err = run("generate", "--model", speaking, "--prompt", "a", "--drafter", "lookup", "--guide", rewarding)
+    assert (status, "both speculation and guidance" in err) == (1, True)
+
+
 def test_a_scorer_that_knows_hard_questions_and_no_answers_is_found_out(
     run, rewarding, speaking, tmp_path, monkeypatch
 ):

@@ -31,7 +31,7 @@ def test_the_whole_of_it(run, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<h2>") == 5
     assert run("quickstart", "--out", tmp_path / "out", "--smoke")[0] == 0
-    assert len(stages.read_done(tmp_path / "out")) == 25
+    assert len(stages.read_done(tmp_path / "out")) == 28
 
 
 def test_a_stop_says_how_to_go_on_and_another_way_of_beginning_is_refused(run, tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 import html.parser
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -52,8 +54,9 @@ def out(tmp_path):
             }
         ),
     ]
+    said["rewards"] += ["", "", answers(0.47)]
     ran = [
-        {"stage": stage.name, "command": typed(args), "seconds": 1.5, "said": said.get(stage.name, [""] * 9)[i]}
+        {"stage": stage.name, "command": typed(args), "seconds": 1.5, "said": said.get(stage.name, [""] * 12)[i]}
         for stage in stages(tmp_path, SMOKE)
         for i, args in enumerate(stage.commands)
     ]
@@ -94,13 +97,14 @@ def test_figures_are_those_of_the_files_and_the_page_needs_nothing_else(out):
     text, page = written(out)
     assert page.open == []
     assert page.others == []
-    assert [p[:22] for p in page.pictures] == ["data:image/png;base64,"] * 2
+    assert [p[:22] for p in page.pictures] == ["data:image/png;base64,"] * 3
     assert not re.search(r"https?://|@import|url\(", text)
     words = " ".join(" ".join(page.words).split())
     for figure in (
         "41.0 %",
         "83.0 %",
         "73.0 to 93.0 %",
+        "47.0 %",
         "52.0 %",
         "57.0 %",
         "1.2345",
@@ -136,3 +140,30 @@ def test_stages_that_were_not_run_are_not_shown(out):
     assert "Two policies" in text
     assert len(page.pictures) == 1
     assert not any(title in text for title in ("reward model</h2>", "four widths", "Drafts that"))
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+QUIET += ["--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"]
+QUIET += ["--virtual-time-budget=5000", "--dump-dom"]
+LOOK = """<script>addEventListener("load", () => {
+const shown = image => image.naturalWidth > 200 && image.getBoundingClientRect().width > 200;
+const images = [...document.images].map(image => image.complete && shown(image));
+const wide = document.documentElement.scrollWidth > innerWidth;
+document.title = JSON.stringify({images, wide, headings: document.querySelectorAll("h2").length});
+});</script>"""
+
+
+def test_a_browser_shows_every_picture_and_complains_of_nothing(out, tmp_path_factory):
+    """The page as it is has no script; the copy that is looked at has one that looks."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("no Chromium or Chrome on the PATH to look at the page with")
+    folder = tmp_path_factory.mktemp("browser")
+    text = written(out)[0]
+    (folder / "page.html").write_text(text.replace("</body>", f"{LOOK}</body>"), encoding="utf-8")
+    command = [browser, *QUIET, f"--user-data-dir={folder / 'profile'}", (folder / "page.html").as_uri()]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in found.stderr
+    seen = json.loads(html.unescape(re.search("<title>(.*?)</title>", found.stdout, re.S)[1]))
+    assert seen == {"images": [True] * 3, "wide": False, "headings": 5}
