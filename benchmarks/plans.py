@@ -75,17 +75,16 @@ def main() -> None:
     environment, everything = record.environment(), [request for size in PODS for request in requests(size)]
     asked = [r for r in everything if opts.size in (None, r.model.rpartition("-")[2])]
     asked = [r for r in asked if not opts.only or r.what in opts.only]
-    # rows of an earlier run stay, each with the commit it was compiled at
-    rows = {name: row for row in record.read("plans").get("plans", []) if (name := _name(row["request"]))}
     for request in asked:
-        if opts.missing and _name(dataclasses.asdict(request)) in rows:
+        wanted = dataclasses.asdict(request)
+        if opts.missing and _name(wanted) in _rows():
             continue
         try:
             found = answer(request)
         except ValueError as e:
             found = {"fits": False, "said": str(e)}
-        wanted = dataclasses.asdict(request)
-        rows[_name(wanted)] = {"request": wanted, "commit": environment["commit"]} | found
+        # rows of other runs stay, also of one that goes on at the same time, each with the commit it was compiled at
+        rows = _rows() | {_name(wanted): {"request": wanted, "commit": environment["commit"]} | found}
         plans = [rows[name] for r in everything if (name := _name(dataclasses.asdict(r))) in rows]
         record.write("plans", {"benchmark": "plans", "environment": environment, "plans": plans})
         limits = found.get("bounds") or {}
@@ -96,6 +95,11 @@ def main() -> None:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _rows() -> dict[str, Any]:
+    """What is known, by what was asked."""
+    return {_name(row["request"]): row for row in record.read("plans").get("plans", [])}
 
 
 def _name(request: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """How long does the quick start take, from nothing, and what do its stages come to?
 
 `jaxaroo quickstart` in a process of its own, with an empty compilation cache; the package is installed already. Seconds
-are those of each command, figures what the commands said.
+are those of each command, figures what the commands said. The run that is no smoke test also draws docs/quickstart.png.
 
     python -m benchmarks.quickstart
     python -m benchmarks.quickstart --smoke
@@ -45,6 +45,7 @@ def main() -> None:
         ]
         report = (out / "report.html").stat().st_size
         measured = json.loads((out / "bits" / "bits.json").read_text(encoding="utf-8"))["measured"]
+        losses = {name: _losses(out / name / "metrics.jsonl") for name in ("policy", "strong")}
         drafts = {p.name: json.loads((p / "report.json").read_text()) for p in sorted((out / "bench").iterdir())}
     names = dict.fromkeys(ran.stage for ran in done)
     result = {
@@ -55,10 +56,47 @@ def main() -> None:
         "stages": {name: round(sum(ran.seconds for ran in done if ran.stage == name), 1) for name in names},
         "bits": [{key: m[key] for key in ("name", "perplexity", "accuracy", "total")} for m in measured],
         "drafts": {name: {k: found[k] for k in ("tau", "speedup", "identical")} for name, found in drafts.items()},
+        "losses": losses,
         "report_bytes": report,
         "commands": commands,
     }
     record.save(f"quickstart{'-smoke' if opts.smoke else ''}-{environment['backend']}", result)
+    if not opts.smoke:
+        draw(result, Path(__file__).parents[1] / "docs" / "quickstart.png")
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """The picture of a result: losses, answers chosen among k, quality by bytes, tokens a step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    loss, best, bits, tau = figure.subplots(1, 4)
+    for name, points in result["losses"].items():
+        loss.plot(*zip(*points, strict=True), label=name)
+    loss.set(xlabel="updates", ylabel="nats a token", title="losses", yscale="log")
+    [chosen] = [c["said"] for c in result["commands"] if "eval best-of-n" in c["command"]]
+    curves = {"knows the truth": chosen["pass_at"], "reward model": chosen["best_of"]["min"]}
+    for name, values in (curves | {"majority": chosen["majority"]}).items():
+        best.plot(chosen["k"], [100 * v for v in values], "o-", label=name)
+    best.set(xlabel="answers", ylabel="right (%)", title="chosen among k", xscale="log")
+    best.set_xticks(chosen["k"], [str(k) for k in chosen["k"]], minor=False)
+    best.minorticks_off()
+    for m in result["bits"]:
+        bits.plot([m["total"] / 1000], [100 * m["accuracy"]], "o", label=m["name"])
+    bits.set(xlabel="weights (kB)", ylabel="solved greedily (%)", title="one checkpoint", ylim=(0, 100))
+    drafts = result["drafts"]
+    tau.bar([*drafts], [found["tau"] for found in drafts.values()])
+    tau.set(ylabel="tokens a step", title="lossless drafts")
+    for axes in (loss, best, bits):
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def _losses(path: Path) -> list[tuple[int, float]]:
+    """Steps and their mean loss, twenty at a time."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    parts = [records[i : i + 20] for i in range(0, len(records), 20)]
+    return [(part[-1]["step"], round(sum(r["loss"] for r in part) / len(part), 4)) for part in parts]
 
 
 def _shown(command: str, folder: str) -> str:

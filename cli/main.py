@@ -2,7 +2,7 @@
 
 Results go to standard output, progress and errors to standard error; the exit status is 0, 1 for a failure that the
 message explains, 2 for a misused command, 130 after Ctrl-C. With --dry-run a command reads and checks its settings and
-inputs, says what it would do, and writes nothing.
+inputs, says what it would do, and writes nothing; with --json it prints its result as one JSON object.
 """
 
 import logging
@@ -19,9 +19,9 @@ from . import (
     bits,
     data,
     doctor,
-    dry,
     evaluate,
     files,
+    flags,
     generate,
     label,
     membership,
@@ -111,7 +111,6 @@ def _run(argv: list[str] | None) -> int:
     _use_compilation_cache()
     try:
         args = list(sys.argv[1:] if argv is None else argv)
-        would, args = dry.FLAG in args, [arg for arg in args if arg != dry.FLAG]
         name, commands = " ".join(args[:2]), dict(COMMANDS)
         kind = name.removeprefix("train ")
         if name in commands and kind in train.SUMMARIES:
@@ -124,8 +123,7 @@ def _run(argv: list[str] | None) -> int:
             commands[name] = vision.vision_command(kind)
         elif args[:1] == ["quickstart"]:
             commands["quickstart"] = quickstart.quickstart_command(_run)
-        if would:
-            commands = {name: dry.dry(name, command) for name, command in commands.items()}
+        commands, args = flags.understood(commands, args)
         if name in commands:
             args = [" ".join(args[:2]), *args[2:]]
         elif any(name.startswith(f"{args[0]} ") for name in commands if args):  # `jaxaroo train`, and typos behind it

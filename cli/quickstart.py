@@ -51,7 +51,7 @@ def _quickstart(out: Path, only: tuple[str, ...], smoke: bool, call: Callable[[l
         raise UsageError(f"quickstart: {out} was begun {'with' if then else 'without'} --smoke; go on in the same way.")
     settings.write_text(json.dumps({"smoke": smoke}) + "\n", encoding="utf-8")
     sizes = stages.SMOKE if smoke else stages.Sizes()
-    _questions(out / "questions.jsonl", sizes.asked)
+    _questions(out / "questions.jsonl", sizes.drafted)
     every = stages.stages(out, sizes)
     again = f"the same command goes on: jaxaroo quickstart --out {out}{' --smoke' if smoke else ''}"
     try:
@@ -71,6 +71,6 @@ def _questions(path: Path, number: int) -> None:
     from .stages import TASK
 
     if not path.exists():
-        examples = ArithmeticExamples(ArithmeticConfig(**TASK), "test", min(number, 40))
+        examples = ArithmeticExamples(ArithmeticConfig(**TASK), "test", number)
         rows = [{"prompt": examples[i]["prompt"]} for i in range(len(examples))]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -33,14 +33,16 @@ class Sizes:
     """How much is made: enough to see each method work, or (`SMOKE`) as little as can be."""
 
     policy: int = 700  # updates of the policy
-    strong: int = 2000  # of a stronger model, which judges and serves
-    problems: int = 250  # that are solved, to learn which steps are right
+    strong: int = 1600  # of a stronger model, which judges and serves
+    problems: int = 200  # that are solved, to learn which steps are right
     samples: int = 4
     completions: int = 4  # of each step
     head: int = 400  # updates of reward models
     value: int = 300  # of a value model
     asked: int = 200  # test questions
-    round_problems: int = 500
+    asked_bits: int = 100  # at each width
+    drafted: int = 20  # with each drafter
+    round_problems: int = 300
     ranked: int = 200  # updates of the round
     pairs: int = 60  # updates of DPO
     margin: float = 0.5  # by which the worth of the answers of a pair differs
@@ -58,6 +60,8 @@ SMOKE = Sizes(
     head=2,
     value=2,
     asked=4,
+    asked_bits=4,
+    drafted=4,
     round_problems=2,
     ranked=2,
     pairs=2,
@@ -193,7 +197,8 @@ def stages(out: Path, n: Sizes) -> tuple[Stage, ...]:
                 ),
                 (
                     *("eval", "bits", "--model", at("qat", "model"), *tests, "--plain", strong, "--plans", "0", *short),
-                    *("--limit", str(n.asked), "--questions", str(n.asked), "--repeats", "0", "--out", at("bits")),
+                    *("--limit", str(n.asked_bits), "--questions", str(n.asked_bits), "--repeats", "0"),
+                    *("--out", at("bits")),
                 ),
             ),
         ),
@@ -243,27 +248,27 @@ def run(all_stages: Sequence[Stage], out: Path, call: Callable[[list[str]], int]
       out: folder for all of them.
       call: the command line without its first word -> its status.
     """
-    number, total = 0, sum(len(stage.commands) for stage in all_stages)
-    done = {(one.stage, one.command) for one in read_done(out)}
-    for stage in all_stages:
-        for args in stage.commands:
-            number += 1
-            if (stage.name, typed(args)) in done:
-                continue
-            spent = sum(one.seconds for one in read_done(out))
-            print(
-                f"\n[{number}/{total}] {stage.title}, {spent:.0f} s so far\n$ {typed(args)}",
-                file=sys.stderr,
-                flush=True,
-            )
-            began, said = time.monotonic(), io.StringIO()
-            with contextlib.redirect_stdout(said):
-                status = call([*args])
-            if status:
-                return status
-            record = Ran(stage.name, typed(args), time.monotonic() - began, said.getvalue())
-            with (out / "stages.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record._asdict()) + "\n")
+    every = [(stage, args) for stage in all_stages for args in stage.commands]
+    done = {(one.stage, one.command): one.seconds for one in read_done(out)}
+    for number, (stage, args) in enumerate(every, 1):
+        if (stage.name, typed(args)) in done:
+            continue
+        left = [_usual(a) for s, a in every if (s.name, typed(a)) not in done]
+        behind = [_usual(a) for s, a in every if (s.name, typed(a)) in done]
+        spent = sum(done[s.name, typed(a)] for s, a in every if (s.name, typed(a)) in done)
+        ahead = sum(left) * (spent / sum(behind) if behind else 1.0)
+        where = f"{spent:.0f} s so far, about {ahead / 60:.0f} min to go"
+        print(f"\n[{number}/{len(every)}] {stage.title}, {where}\n$ {typed(args)}", file=sys.stderr, flush=True)
+        began, said = time.monotonic(), io.StringIO()
+        with contextlib.redirect_stdout(said):
+            status = call([*args])
+        if status:
+            return status
+        record = Ran(stage.name, typed(args), time.monotonic() - began, said.getvalue())
+        with (out / "stages.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record._asdict()) + "\n")
+        done[stage.name, record.command] = record.seconds
+        print(f"{record.seconds:.0f} s{_figure(args, record.said)}", file=sys.stderr, flush=True)
     return 0
 
 
@@ -279,3 +284,35 @@ def read_done(out: Path) -> list[Ran]:
 def typed(args: Sequence[Any]) -> str:
     """A command as one would type it."""
     return shlex.join(["jaxaroo", *map(str, args)])
+
+
+# ----------------------------------------------------------------------------------------------------------- private
+USUAL = {  # seconds on two cores (benchmarks/results/quickstart-cpu.json): how commands compare, not how long they take
+    "train sft": 70,
+    "train qat": 45,
+    "train ranked": 50,
+    "train": 22,
+    "label steps": 22,
+    "eval bits": 60,
+    "eval best-of-n": 20,
+    "bench speculative": 35,
+}
+
+
+def _usual(args: Sequence[str]) -> float:
+    return USUAL.get(" ".join(args[:2]), USUAL.get(args[0], 5))
+
+
+def _figure(args: Sequence[str], said: str) -> str:
+    """What a command came to in a word: a share that it printed, or the last loss of a run."""
+    try:
+        found = json.loads(said)
+    except json.JSONDecodeError:
+        found = {}
+    if isinstance(found, dict) and (name := next((n for n in ("accuracy", "auroc", "kept") if n in found), None)):
+        return f", {name} {found[name]:.4g}"
+    run = Path(args[args.index("--out") + 1]) if "--out" in args else Path()
+    if args[0] == "train" and (run / "metrics.jsonl").is_file():
+        records = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return f", loss {json.loads(records[-1])['loss']:.4g}" if records else ""
+    return ""

@@ -15,7 +15,7 @@ author = copyright = "the jaxaroo authors"
 release = version = jaxaroo.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build", "_generated/layouts.md"]
+exclude_patterns = ["_build", "_generated/layouts.md", "_generated/plans.md"]
 html_theme = "furo"
 html_title = "jaxaroo"
 

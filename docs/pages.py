@@ -33,7 +33,7 @@ def write(folder: Path) -> None:
     """Write all generated pages into a folder, which is made anew."""
     shutil.rmtree(folder, ignore_errors=True)
     made = {"cli.md": commands(), "python.md": names_index(), "benchmarks.md": benchmarks()}
-    made["layouts.md"] = layouts()
+    made |= {"layouts.md": layouts(), "plans.md": plans()}
     made |= {f"python-{floor}.md": names(floor) for floor in FLOORS}
     folder.mkdir(parents=True)
     for name, text in made.items():
@@ -131,6 +131,19 @@ def benchmarks() -> str:
     return text
 
 
+def plans() -> str:
+    """Tables of what steps of large models take, by model: memory a device, least time and what bounds it."""
+    path = ROOT / "benchmarks" / "results" / "plans.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["plans"] if path.exists() else []
+    text = ""
+    for size in dict.fromkeys(row["request"]["model"].removeprefix("preset:") for row in known):
+        of_size = [row for row in known if row["request"]["model"] == f"preset:{size}"]
+        for decoding in (False, True):
+            rows = [row for row in of_size if (row["request"]["what"] == "decode") == decoding]
+            text += _table(f"{size}, {'decoding' if decoding else 'training'}", rows) if rows else ""
+    return text
+
+
 def question(name: str) -> str:
     """The first line of the benchmark that has this name, which is a question."""
     script = ROOT / "benchmarks" / f"{name.replace('-', '_')}.py"
@@ -193,6 +206,31 @@ def plain(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[st
 def _module(root: Path, parts: tuple[str, ...]) -> bool:
     path = root.joinpath(*parts)
     return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> str:
+    """A row a kind of step, a column a pod."""
+    asked = [row["request"] for row in rows]
+    pods = {a["topology"]: f"`{a['topology']}`, `{a['mesh']}`, {a['batch']} x {a['seq']}" for a in asked}
+    kinds = dict.fromkeys((a["what"], a["drafter"]) for a in asked)
+    cells = {(a["what"], a["drafter"], a["topology"]): _cell(row) for a, row in zip(asked, rows, strict=True)}
+    text = f"\n**{title}**\n\n| | {' | '.join(pods.values())} |\n|---|{'---|' * len(pods)}\n"
+    for what, drafter in kinds:
+        name = f"`{what}`" if drafter is None else f"`{what} --drafter {drafter}`"
+        text += f"| {name} | {' | '.join(cells.get((what, drafter, pod), '') for pod in pods)} |\n"
+    return text
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if "total" not in row:
+        return "refused"
+    held = f"{row['total'] / 2**30:.2f} of {row['available'] / 2**30:.0f} GiB"
+    if not row["fits"]:
+        return f"{held}: does not fit"
+    bound, share = row["bounds"]["bound_by"], row["bounds"]["most_utilisation"]
+    seconds = row["bounds"]["seconds"]
+    least = f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.2f} ms"
+    return f"{held}, {least} by {bound}" + (f", at most {100 * share:.0f} %" if share else "")
 
 
 def _aligned(chunk: str) -> bool:

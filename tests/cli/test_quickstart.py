@@ -25,7 +25,7 @@ def test_a_stage_runs_and_ends_in_a_page(run, tmp_path, monkeypatch):
 @pytest.mark.optimizer
 @pytest.mark.proof
 def test_the_whole_of_it(run, tmp_path):
-    """Twenty-five commands, among them all kinds of training that the page tells of."""
+    """Twenty-eight commands, among them all kinds of training that the page tells of."""
     status, _, err = run("quickstart", "--out", tmp_path / "out", "--smoke")
     assert status == 0, err
     page = (tmp_path / "out" / "report.html").read_text()

@@ -29,7 +29,7 @@ def test_commands_run_in_order_and_what_they_say_is_kept(tmp_path, capsys):
     assert seen == ["one", "two", "one"]  # the same command of another stage is another
     told = capsys.readouterr()
     assert told.out == ""
-    assert "[2/3] First, 0 s so far\n$ jaxaroo two\n" in told.err
+    assert "[2/3] First, 0 s so far, about 0 min to go\n$ jaxaroo two\n" in told.err
     assert [(r.stage, r.command, r.said) for r in read_done(tmp_path)] == [
         ("a", "jaxaroo one --x 'a b'", "said 1\n"),
         ("a", "jaxaroo two", "said 2\n"),
@@ -49,6 +49,28 @@ def test_a_command_that_fails_ends_all_and_is_the_first_the_next_time(tmp_path):
     assert go() == 0
     assert seen == ["two", "one"]
     assert len(read_done(tmp_path)) == 3
+
+
+def test_what_is_left_is_told_by_what_was_spent(tmp_path, capsys):
+    """By hand: of the usual seconds 70 are done, in 140 s; 70 and 22 are left, twice as slow: 184 s."""
+    sft, prm = ("train", "sft", "--out", str(tmp_path / "run")), ("train", "prm", "--out", str(tmp_path / "prm"))
+    all_stages = (Stage("a", "First", (sft, ("train", "sft"), prm)),)
+    record = {"stage": "a", "command": typed(sft), "seconds": 140.0, "said": ""}
+    (tmp_path / "stages.jsonl").write_text(json.dumps(record) + "\n")
+
+    def call(args):
+        if args[1] == "prm":
+            (tmp_path / "prm").mkdir()
+            (tmp_path / "prm" / "metrics.jsonl").write_text('{"loss": 3.0}\n{"loss": 0.51234}\n')
+        else:
+            sys.stdout.write(json.dumps({"accuracy": 0.25}))
+        return 0
+
+    assert run(all_stages, tmp_path, call) == 0
+    told = capsys.readouterr().err
+    assert "[2/3] First, 140 s so far, about 3 min to go\n" in told
+    assert "0 s, accuracy 0.25\n" in told
+    assert "0 s, loss 0.5123\n" in told
 
 
 def test_nothing_is_done_in_a_new_folder(tmp_path):

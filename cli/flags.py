@@ -1,23 +1,47 @@
-"""`--dry-run`: what a command would do. All settings and inputs are read and checked, nothing is written.
+"""What every command understands beside its own settings: `--dry-run`, and `--json` where it is not one of them."""
 
-Training also reads every row of its data and lays the state out in the abstract, as its first seconds would.
-"""
-
+import contextlib
 import dataclasses
 import functools
+import inspect
 import json
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-FLAG = "--dry-run"
+DRY, JSON = "--dry-run", "--json"
+Command = Callable[..., int]
 INPUTS = ("source", "folder", "model", "data", "tokenizer", "policy", "drafter", "strong", "weak", "prompts", "plain")
 INPUTS += ("corpus", "guide", "stop_head", "test", "tune")  # settings that name what has to be there
 RUNS = ("sft", "drafter", "early-exit", "acceptance", "judge", "prm", "orm", "value", "qat", "preference")
 
 
-def dry(name: str, command: Callable[..., int]) -> Callable[..., int]:
+def understood(commands: dict[str, Command], args: list[str]) -> tuple[dict[str, Command], list[str]]:
+    """Commands that do as the flags of a command line say, and the line without them.
+
+    Args:
+      commands: by name.
+      args: the command line.
+    """
+    name = next((name for name in (" ".join(args[:2]), *args[:1]) if name in commands), None)
+    if name is None:
+        return commands, args
+    command, has_json = commands[name], "json" in inspect.signature(commands[name]).parameters
+    rest = [arg for arg in args if arg != DRY and (has_json or arg != JSON)]
+    if DRY in args:
+        command = dry(name, command)
+    elif len(rest) < len(args):
+        command = as_json(name, command)
+    return commands | {name: command}, rest
+
+
+def dry(name: str, command: Command) -> Command:
     """The command with the same settings, which says what it would do instead of doing it.
+
+    All settings and inputs are read and checked, nothing is written. Training also reads every row of its data and lays
+    the state out in the abstract, as its first seconds would.
 
     Args:
       name: of the command, as one types it.
@@ -42,6 +66,30 @@ def dry(name: str, command: Callable[..., int]) -> Callable[..., int]:
     return told
 
 
+def as_json(name: str, command: Command) -> Command:
+    """The command with the same settings, whose result is one JSON object.
+
+    What it would print goes to standard error. The object names the command, its status and seconds, where it wrote,
+    and of a run the model and the last line of its metrics.
+
+    Args:
+      name: of the command, as one types it.
+      command: what it runs.
+    """
+
+    @functools.wraps(command)
+    def told(*args: Any, **settings: Any) -> int:
+        began = time.monotonic()
+        with contextlib.redirect_stdout(sys.stderr):
+            status = command(*args, **settings)
+        found: dict[str, Any] = {"command": f"jaxaroo {name}", "status": status}
+        found["seconds"] = round(time.monotonic() - began, 3)
+        print(json.dumps(found | _left_in(_out(args, settings)), ensure_ascii=False))
+        return status
+
+    return told
+
+
 def inputs(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Names and paths of what a command reads, within nested settings too."""
     for key, value in settings.items():
@@ -55,6 +103,25 @@ def inputs(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _named(value: str) -> bool:
     """Whether it is a name of something that is no file: preset:tiny, builtin:arithmetic, the drafter `lookup`."""
     return ":" in value or value in ("lookup", "aded", "self", "none", "")
+
+
+def _out(args: tuple[Any, ...], settings: Mapping[str, Any]) -> Path | None:
+    """Where a command writes."""
+    of_run = getattr(settings.get("settings"), "out", None)
+    named = (settings.get(name) for name in ("out", "target", "folder"))
+    return next((Path(x) for x in (of_run, *named, *args) if isinstance(x, str | Path)), None)
+
+
+def _left_in(out: Path | None) -> dict[str, Any]:
+    if out is None:
+        return {}
+    found: dict[str, Any] = {"out": str(out)}
+    if (out / "model").is_dir():
+        found["model"] = str(out / "model")
+    if (metrics := out / "metrics.jsonl").is_file():
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        found |= {"last": json.loads(lines[-1])} if lines else {}
+    return found
 
 
 def _options(settings: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""`--dry-run`: settings and inputs are read, nothing is written."""
+"""`--dry-run`: settings and inputs are read, nothing is written. `--json`: one object, of every command."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxaroo.cli.dry import RUNS, inputs
+from jaxaroo.cli.flags import RUNS, inputs
 from jaxaroo.train.recipe import RECIPES
 
 
@@ -68,3 +68,23 @@ def test_misuse_is_still_misuse(run, capsys):
     status, _, err = run("eval", "lm", "--mdel", "x", "--dry-run")
     assert status == 2
     assert "--mdel" in err
+
+
+@pytest.mark.optimizer
+def test_any_command_tells_its_result_as_json(run, trained, tmp_path):
+    options = ("--model", "preset:tiny", "--data", trained / "rows.jsonl", "--steps", 2, "--batch.max-length", 64)
+    status, said, err = run("train", "sft", *options, "--out", tmp_path / "run", "--json")
+    found = json.loads(said)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert (status, found["status"], found["last"]) == (0, 0, records[-1])
+    assert found["model"] == str(tmp_path / "run" / "model")
+    assert "step 2: wrote" in err
+    status, said, err = run("convert", tmp_path / "run" / "model", tmp_path / "again", "--json")
+    found = json.loads(said)
+    assert (found["command"], found["out"]) == ("jaxaroo convert", str(tmp_path / "again"))
+    assert f"wrote {tmp_path / 'again'}" in err  # what it would print
+    status, said, _ = run("info", tmp_path / "again", "--json")  # has its own
+    assert json.loads(said)["architecture"]
+    status, said, err = run("train", "sft", *options, "--out", tmp_path / "run", "--json")  # one that fails
+    assert (status, said) == (1, "")
+    assert "holds a run" in err

@@ -1,0 +1,34 @@
+"""Notebooks run from their first cell to their last, in miniature, and keep what a real run of theirs showed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
+nbformat = pytest.importorskip("nbformat", reason='needs the extra `dev`: pip install "jaxaroo[dev]"')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_runs_in_miniature(path, tmp_path, monkeypatch):
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("JAXAROO_SMOKE", "1")
+    monkeypatch.setenv("JAXAROO_WORK", str(tmp_path))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / ".ipython"))
+    NotebookClient(nbformat.read(path, as_version=4), timeout=600, kernel_name="python3").execute()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_shows_what_a_run_showed(path):
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+    assert len(outputs) >= 2
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not re.search(r"/(tmp|root|home|work)/", path.read_text(encoding="utf-8"))  # of one machine
+
+
+def test_there_are_some():
+    assert len(NOTEBOOKS) == 7
