@@ -37,8 +37,8 @@ lint: $(STAMP)  ## ruff: rules and layout
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-docs: $(STAMP)  ## the pages, in docs/_build; a warning is an error
-	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+docs: $(STAMP)  ## the pages, in docs/_build/html; a warning is an error
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 types: $(STAMP)  ## pyright
 	$(BIN)/python -m pyright --pythonpath $(BIN)/python

@@ -50,7 +50,7 @@ def dry(name: str, command: Command) -> Command:
 
     @functools.wraps(command)
     def told(*args: Any, **settings: Any) -> int:
-        given = {f"argument {i}": value for i, value in enumerate(args)} | settings
+        given = dict(inspect.signature(command).bind(*args, **settings).arguments)
         missing = [f"{key} {value}" for key, value in inputs(given) if not Path(value).expanduser().exists()]
         if missing:
             raise FileNotFoundError(f"{name}: found no {'; no '.join(missing)}; expected what is there to be read.")
@@ -95,8 +95,9 @@ def inputs(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in settings.items():
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             yield from inputs({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
-        elif key in INPUTS and isinstance(value, str | Path) and not _named(str(value)):
-            yield key, str(value)
+        elif key in INPUTS:
+            each = value if isinstance(value, tuple | list) else (value,)
+            yield from ((key, str(v)) for v in each if isinstance(v, str | Path) and not _named(str(v)))
 
 
 # ----------------------------------------------------------------------------------------------------------- private

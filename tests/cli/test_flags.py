@@ -20,6 +20,7 @@ def test_inputs_are_found_in_nested_settings_and_names_are_none():
     given = {"model": "preset:tiny", "data": Path("rows.jsonl"), "out": Path("o"), "inner": Inner(corpus=Path("c.txt"))}
     assert dict(inputs(given)) == {"data": "rows.jsonl", "corpus": "c.txt"}
     assert dict(inputs({"drafter": "folder", "model": None})) == {"drafter": "folder"}
+    assert [*inputs({"data": (Path("a"), "builtin:arithmetic", Path("b"))})] == [("data", "a"), ("data", "b")]
 
 
 def test_every_kind_of_run_is_known():
@@ -53,6 +54,8 @@ def test_settings_of_an_objective_are_said(run, tmp_path):
         ("eval lm --model nowhere --data nothing.jsonl", "eval lm: found no model nowhere; no data nothing.jsonl"),
         ("label steps --data nothing.jsonl --out labels.jsonl", "label steps: found no data nothing.jsonl"),
         ("generate --model nowhere --prompt x --drafter gone", "generate: found no model nowhere; no drafter gone"),
+        ("train resume gone", "train resume: found no folder gone"),
+        ("convert nowhere there", "convert: found no source nowhere"),
         ("train rl --model nowhere --data builtin:arithmetic --out o", "train rl: found no model nowhere"),
     ],
 )
