@@ -309,8 +309,9 @@ def _figure(args: Sequence[str], said: str) -> str:
         found = json.loads(said)
     except json.JSONDecodeError:
         found = {}
-    if isinstance(found, dict) and (name := next((n for n in ("accuracy", "auroc", "kept") if n in found), None)):
-        return f", {name} {found[name]:.4g}"
+    shares = {n: found[n] for n in ("accuracy", "auroc", "kept") if isinstance(found, dict) and n in found}
+    if name := next((n for n, value in shares.items() if isinstance(value, int | float)), None):
+        return f", {name} {shares[name]:.4g}"
     run = Path(args[args.index("--out") + 1]) if "--out" in args else Path()
     if args[0] == "train" and (run / "metrics.jsonl").is_file():
         records = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

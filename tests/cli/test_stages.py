@@ -73,6 +73,16 @@ def test_what_is_left_is_told_by_what_was_spent(tmp_path, capsys):
     assert "0 s, loss 0.5123\n" in told
 
 
+@pytest.mark.parametrize(
+    ("said", "word"),
+    [('{"accuracy": 0.5}', ", accuracy 0.5"), ('{"auroc": {"min": 0.5}}', ""), ('{"kept": 3}', ", kept 3"), ("[]", "")],
+)
+def test_a_word_is_made_of_numbers_alone(said, word, tmp_path, capsys):
+    all_stages = (Stage("a", "First", (("eval",),)),)
+    assert run(all_stages, tmp_path, lambda args: sys.stdout.write(said) and 0) == 0
+    assert f"\n0 s{word}\n" in capsys.readouterr().err
+
+
 def test_nothing_is_done_in_a_new_folder(tmp_path):
     assert read_done(tmp_path) == []
     assert typed(["a", Path("b c"), 1]) == "jaxaroo a 'b c' 1"
