@@ -113,7 +113,7 @@ def layouts() -> str:
 def benchmarks() -> str:
     """Every results file: what was asked, the command, the machine, the figures."""
     text = (
-        "# Measured\n\nEvery figure in these pages stands in one of these files, beside the command, the machine, the "
+        "# Results files\n\nEvery figure in these pages stands in one of these files, beside the command, the machine, the "
         "versions and the commit it was measured with.\n"
     )
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
