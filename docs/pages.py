@@ -113,8 +113,8 @@ def layouts() -> str:
 def benchmarks() -> str:
     """Every results file: what was asked, the command, the machine, the figures."""
     text = (
-        "# Results files\n\nEvery figure in these pages stands in one of these files, beside the command, the machine, the "
-        "versions and the commit it was measured with.\n"
+        "# Results files\n\nEvery figure in these pages stands in one of these files, beside the command, the machine, "
+        "the versions and the commit it was measured with.\n"
     )
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))

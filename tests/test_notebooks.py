@@ -10,8 +10,15 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.i
 nbformat = pytest.importorskip("nbformat", reason='needs the extra `dev`: pip install "jaxaroo[dev]"')
 
 
+LONG = {
+    "1_story"
+}  # four minutes: a quick start in miniature, as `test_the_whole_of_it` of tests/cli/test_quickstart.py
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=pytest.mark.proof if p.stem in LONG else (), id=p.stem) for p in NOTEBOOKS]
+)
 def test_it_runs_in_miniature(path, tmp_path, monkeypatch):
     from nbclient import NotebookClient
 
