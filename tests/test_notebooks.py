@@ -10,9 +10,7 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.i
 nbformat = pytest.importorskip("nbformat", reason='needs the extra `dev`: pip install "jaxaroo[dev]"')
 
 
-LONG = {
-    "1_story"
-}  # four minutes: a quick start in miniature, as `test_the_whole_of_it` of tests/cli/test_quickstart.py
+LONG = {"1_story"}  # a quick start in miniature, four minutes; tests/cli/test_quickstart.py has its first stage
 
 
 @pytest.mark.slow
