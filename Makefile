@@ -38,7 +38,7 @@ lint: $(STAMP)  ## ruff: rules and layout
 	$(BIN)/python -m ruff format --check .
 
 docs: $(STAMP)  ## the pages, in docs/_build/html; a warning is an error
-	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -j auto -q -W --keep-going -b html docs docs/_build/html
 
 types: $(STAMP)  ## pyright
 	$(BIN)/python -m pyright --pythonpath $(BIN)/python
