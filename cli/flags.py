@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .output import dumps
+
 DRY, JSON = "--dry-run", "--json"
 Command = Callable[..., int]
 INPUTS = ("source", "folder", "model", "data", "tokenizer", "policy", "drafter", "strong", "weak", "prompts", "plain")
@@ -60,7 +62,7 @@ def dry(name: str, command: Command) -> Command:
             from ..train.examine import examine
 
             found |= examine(kind, settings["settings"], _options(settings))
-        print(json.dumps(found | {"settings": _plain(given)}, indent=2, ensure_ascii=False))
+        print(dumps(found | {"settings": given}, indent=2))
         return 0
 
     return told
@@ -84,7 +86,7 @@ def as_json(name: str, command: Command) -> Command:
             status = command(*args, **settings)
         found: dict[str, Any] = {"command": f"jaxaroo {name}", "status": status}
         found["seconds"] = round(time.monotonic() - began, 3)
-        print(json.dumps(found | _left_in(_out(args, settings)), ensure_ascii=False))
+        print(dumps(found | _left_in(_out(args, settings))))
         return status
 
     return told
@@ -132,13 +134,3 @@ def _options(settings: Mapping[str, Any]) -> Any:
 
         return with_settings(settings["options"], settings["loss"])
     return settings["options"]
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(inner) for inner in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -16,15 +16,17 @@ class UsageError(Exception):
     """Arguments that do not go together."""
 
 
-def dumps(value: Any) -> str:
-    """JSON of settings and results, as one line."""
+def dumps(value: Any, indent: int | None = None) -> str:
+    """JSON of settings and results; one line where nothing is indented."""
 
     def plain(x: Any) -> Any:
         if dataclasses.is_dataclass(x) and not isinstance(x, type):
             return dataclasses.asdict(x)
+        if isinstance(x, Path):
+            return str(x)
         raise TypeError(f"{type(x).__name__} is not JSON")
 
-    return json.dumps(value, ensure_ascii=False, default=plain)
+    return json.dumps(value, ensure_ascii=False, default=plain, indent=indent)
 
 
 class Loaded(NamedTuple):

@@ -178,7 +178,7 @@ def linked(text: str, root: Path) -> str:
         if parts and parts[0] in FLOORS and path.endswith((".py", "/")):
             return f"{{py:mod}}`{label.strip('`')} <jaxaroo.{'.'.join(parts)}>`" if _module(root, parts) else label
         if (root / path).is_file():
-            return f"{{download}}`{label.strip('`')} <{path if path.startswith('/') else '../' + path}>`"
+            return f"{{download}}`{label.strip('`')} <../{path}>`"
         if (root / path).is_dir():
             return label
         raise ValueError(f"docs: {match[0]} points to {path}, which is not there.")
@@ -191,12 +191,8 @@ def plain(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[st
     laid out in columns stays as it is."""
     text = "\n".join(lines)
     if what == "module":
-        chunks = text.split("\n\n")
-        aligned = [_aligned(chunk) for chunk in chunks]
-        chunks = [
-            "::\n\n" + re.sub("(?m)^", "    ", c) if a else _escaped(c) for c, a in zip(chunks, aligned, strict=True)
-        ]
-        text = "\n\n".join(chunks)
+        as_it_is = lambda chunk: "::\n\n" + re.sub("(?m)^", "    ", chunk)
+        text = "\n\n".join(as_it_is(c) if _aligned(c) else _escaped(c) for c in text.split("\n\n"))
     else:
         text = _escaped(text)
     lines[:] = text.split("\n")
