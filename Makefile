@@ -12,7 +12,9 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# The stamp names the checkout it was made for: a moved, copied or broken environment is made again.
+TOOLS := $(VENV)/.tools
+# The package is installed; what develops it is too. The first names the checkout it was made for: a moved, copied or
+# broken environment is made again.
 ifneq ($(shell test -x "$(BIN)/python" && cat "$(STAMP)" 2>/dev/null),$(CURDIR))
 STALE := stale
 endif
@@ -27,20 +29,20 @@ help:  ## print this list
 quickstart: $(STAMP)  ## every pillar on small models trained meanwhile, and a page that shows it; no download
 	$(BIN)/jaxaroo quickstart --out quickstart-out
 
-test: $(STAMP)  ## the test suite on CPU, in two processes
+test: $(TOOLS)  ## the test suite on CPU, in two processes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-proof: $(STAMP)  ## the long proofs: the tests marked `proof`, one at a time
+proof: $(TOOLS)  ## the long proofs: the tests marked `proof`, one at a time
 	$(BIN)/python -m pytest -m proof $(PYTEST_ARGS) || { test $$? -eq 5 && echo "make proof: no test is marked proof."; }
 
-lint: $(STAMP)  ## ruff: rules and layout
+lint: $(TOOLS)  ## ruff: rules and layout
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-docs: $(STAMP)  ## the pages, in docs/_build/html; a warning is an error
+docs: $(TOOLS)  ## the pages, in docs/_build/html; a warning is an error
 	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -j auto -q -W --keep-going -b html docs docs/_build/html
 
-types: $(STAMP)  ## pyright
+types: $(TOOLS)  ## pyright
 	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 
 clean:  ## remove the environment and everything else that was made here
@@ -50,3 +52,6 @@ clean:  ## remove the environment and everything else that was made here
 
 $(STAMP): pyproject.toml $(STALE)
 	@PYTHON="$(PYTHON)" .ci/venv "$(VENV)"
+
+$(TOOLS): pyproject.toml $(STALE)
+	@PYTHON="$(PYTHON)" .ci/venv "$(VENV)" dev
