@@ -21,6 +21,7 @@ def bench_speculative(
     temperature: float = 0.0,
     batch: int = 1,
     repeats: int = 3,
+    parts: bool = True,
     seed: int = 0,
     dtype: FloatType | None = None,
     bits: Bits | None = None,
@@ -39,6 +40,7 @@ def bench_speculative(
       temperature: 0 is greedy.
       batch: questions answered at the same time.
       repeats: passes of each side that count; one more goes before them.
+      parts: time drafts, judgement and commits one by one too, which predicts the ratio.
       seed: of sampling.
       dtype: of weights and activations; float32 on CPU and bfloat16 elsewhere when not given.
       bits: of a master (`train qat`) the width to serve at, or one a layer; its highest when not given.
@@ -71,6 +73,7 @@ def bench_speculative(
             sampling=sampling,
             batch=batch,
             repeats=repeats,
+            parts=parts,
             progress=lambda done, total: _show(bar, done),
         )
     report |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "model": model.name}

@@ -82,6 +82,7 @@ def measure(
     sampling: Sampling,
     batch: int = 1,
     repeats: int = 3,
+    parts: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Decode all questions plainly and with a drafter, in turns.
@@ -94,6 +95,8 @@ def measure(
       sampling: of both sides, with a seed.
       batch: questions answered at the same time.
       repeats: counted passes of each side.
+      parts: time drafts, judgement and commits one by one too, which predicts the ratio and compiles each; without
+        them these fields are null.
       progress: called after each pass.
 
     Returns:
@@ -109,8 +112,9 @@ def measure(
                 passes[name].append(_run(engine, questions, sampling, batch))
             progress(turn + 1, repeats + 1)
     counted = {name: all_[1:] for name, all_ in passes.items()}
-    parts = time_parts(model, speculation, [tokenizer.encode(q.turns[0]) for q in questions[:batch]], sampling)
-    return _report(model, speculation, questions, sampling, batch, counted, parts)
+    first = [tokenizer.encode(q.turns[0]) for q in questions[:batch]]
+    spent = time_parts(model, speculation, first, sampling) if parts else None
+    return _report(model, speculation, questions, sampling, batch, counted, spent)
 
 
 def time_parts(
@@ -199,7 +203,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"{r['plain']['tokens_per_second']:.1f}",
         f"{r['speculative']['tokens_per_second']:.1f}",
         f"{r['speedup']:.2f}",
-        f"{r['predicted_speedup']:.2f}",
+        "-" if r["predicted_speedup"] is None else f"{r['predicted_speedup']:.2f}",
         f"{r['identical']:.0%}",
     )
     line = lambda cells: "| " + " | ".join(map(str, cells)) + " |"
@@ -276,7 +280,7 @@ def _report(
     means = {n: np.mean([np.divide(p.tokens, p.seconds) for p in all_]) for n, all_ in counted.items()}
     same = [a == b for a, b in zip(counted["plain"][0].answers, first.answers, strict=True)]
     tau = wrote / max(steps, 1)
-    cost = parts["draft"] + parts["verify"] + parts["commit"]
+    predicted = parts and tau * parts["plain"] / (parts["draft"] + parts["verify"] + parts["commit"])
     extra = jax.tree.leaves(spec.drafter_params)
     side = lambda name: {
         "tokens_per_second": middle[name],
@@ -313,8 +317,8 @@ def _report(
         "speedup_of_means": float(means["speculative"] / means["plain"]),
         "identical": float(np.mean(same)),
         "seconds": parts,
-        "verify_over_plain": parts["verify"] / parts["plain"],
-        "predicted_speedup": tau * parts["plain"] / cost,
+        "verify_over_plain": parts and parts["verify"] / parts["plain"],
+        "predicted_speedup": predicted,
     }
 
 

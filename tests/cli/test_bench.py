@@ -10,12 +10,15 @@ def test_bench_writes_a_report_a_table_and_a_plot(run, speaking, tmp_path):
     prompts = tmp_path / "q.jsonl"
     prompts.write_text('{"question_id": 1, "category": "x", "turns": ["la la la la"]}\n')
     options = ("--model", speaking, "--drafter", "lookup", "--drafts", 3, "--prompts", prompts, "--max-new-tokens", 12)
-    status, out, _ = run("bench", "speculative", *options, "--repeats", 1, "--out", tmp_path / "b")
+    status, out, _ = run("bench", "speculative", *options, "--repeats", 1, "--no-parts", "--out", tmp_path / "b")
     assert status == 0
     assert {p.name for p in (tmp_path / "b").iterdir()} == {"report.json", "report.md", "acceptance.png"}
     report = json.loads((tmp_path / "b" / "report.json").read_text())
     assert (report["drafter"], report["identical"], report["questions"]) == ("lookup", 1.0, 1)
+    assert (report["seconds"], report["predicted_speedup"], report["verify_over_plain"]) == (None, None, None)
+    assert report["speedup"] > 0
     assert out == (tmp_path / "b" / "report.md").read_text()
+    assert " | - | 100% |" in out
 
 
 def test_bench_says_what_is_missing(run, speaking, tmp_path):

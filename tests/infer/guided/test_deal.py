@@ -27,7 +27,8 @@ PIECE = Sampling(temperature=1.0, max_tokens=3, seed=5, ignore_eos=True)
 
 @functools.cache
 def engine():
-    return Engine(Model(CFG, unstack_layers(init_params(CFG, jax.random.key(0)))), TOKENIZER, max_seqs=16)
+    model = Model(CFG, unstack_layers(init_params(CFG, jax.random.key(0))))
+    return Engine(model, TOKENIZER, max_seqs=2)  # few sizes, few programs
 
 
 def greedy(ids, n):
@@ -35,6 +36,7 @@ def greedy(ids, n):
     return engine().generate([ids], settings)[0].outputs[0].token_ids
 
 
+@pytest.mark.slow
 def test_the_score_is_log_probability_plus_reward_of_what_lies_ahead():
     asked = []
 
@@ -55,6 +57,7 @@ def test_the_score_is_log_probability_plus_reward_of_what_lies_ahead():
         assert partial.score == pytest.approx(logprob + 0.5 * (len(ahead) % 7), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_without_weight_the_likeliest_are_kept_and_with_it_what_is_rewarded():
     vowels = lambda prompt, text: float(sum(c in "aeiou" for c in text))
     run = lambda weight: deal(engine(), ["Q"], vowels, PIECE, weight=weight, beams=2, expand=8, rounds=3)[0]

@@ -33,7 +33,7 @@ PIECE = Sampling(temperature=1.0, max_tokens=6, stop=("\n",), logit_bias=LETTERS
 @functools.cache
 def engine():
     params = jax.tree.map(lambda w: 0.1 * w, init_params(CFG, jax.random.key(0)))  # nearly uniform
-    return Engine(Model(CFG, unstack_layers(params)), TOKENIZER, max_seqs=16)
+    return Engine(Model(CFG, unstack_layers(params)), TOKENIZER, max_seqs=2)  # few sizes, few programs
 
 
 @functools.cache
@@ -43,6 +43,7 @@ def reward():
     return RewardModel(cfg, {"model": unstack_layers(init_params(CFG, jax.random.key(1))), "head": head})
 
 
+@pytest.mark.slow
 def test_a_judge_that_counts_gets_what_it_counts():
     """The more a's the better: each round keeps the best of all that were grown, and nothing is lost on the way."""
     seen = []
@@ -68,6 +69,7 @@ def test_a_judge_that_counts_gets_what_it_counts():
             assert {t for at, t in after if at == q and not any(t.startswith(b) for b in best)} == set()
 
 
+@pytest.mark.slow
 def test_the_same_seed_finds_the_same_and_questions_do_not_meddle():
     judge = lambda grown: [p.text.count("b") + 0.001 * p.logprob for _, p in grown]
     run = lambda prompts, **changes: search(
@@ -82,6 +84,7 @@ def test_the_same_seed_finds_the_same_and_questions_do_not_meddle():
     assert twice[0] == both[0] != twice[1]  # asked twice, it is drawn twice
 
 
+@pytest.mark.slow
 def test_an_answer_that_ends_stays_as_it_was_judged():
     """The end token closes an answer; it is no text, and no later judgement changes its score."""
     judged = []
@@ -102,6 +105,7 @@ def test_an_answer_that_ends_stays_as_it_was_judged():
     assert not any(a.ended and b.token_ids[: len(a.token_ids)] == a.token_ids for a in judged for b in judged if a != b)
 
 
+@pytest.mark.slow
 def test_what_has_no_room_to_grow_ends():
     long = Sampling(temperature=1.0, max_tokens=30, logit_bias={ord("a"): 100.0}, seed=0)
     [beam] = search(engine(), ["x" * 20], long, lambda grown: [0.0] * len(grown), beams=1, expand=2, rounds=9)
@@ -109,6 +113,7 @@ def test_what_has_no_room_to_grow_ends():
     assert len(beam[0].token_ids) == 60  # of 96 positions 21 are the prompt's; a third piece does not fit
 
 
+@pytest.mark.slow
 def test_steps_are_scored_as_a_solution_is():
     [beam] = step_beam(engine(), reward(), ["q\n"], PIECE, beams=3, expand=4, rounds=3)
     solutions = [Solution("q\n", p.pieces) for p in beam]

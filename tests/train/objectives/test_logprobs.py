@@ -45,14 +45,18 @@ def places():
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"window": 4, "window_layers": (True, False)}])
+@pytest.mark.slow
 def test_scores_are_those_of_each_example_alone(changes):
     cfg = dataclasses.replace(CFG, **changes)
     params = init_params(cfg, jax.random.key(0))
     scores = score_targets(cfg, params, packed())
     mask = np.asarray(packed().mask)
     assert 0 < mask.sum() < mask.size
+    longest = max(map(len, EXAMPLES))  # what follows an example is not seen from it
+    rows = np.stack([np.pad(ids, (0, longest - len(ids))) for ids in EXAMPLES])
+    alone = np.asarray(logits(Model(cfg, params), jnp.asarray(rows[:, :-1])), np.float64)
     for row, place, i in places():
-        z = np.asarray(logits(Model(cfg, params), jnp.asarray(EXAMPLES[i][None, :-1])), np.float64)[0]
+        z = alone[i, : len(EXAMPLES[i]) - 1]
         p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
         want, own = np.log(p[np.arange(len(p)), EXAMPLES[i][1:]]), mask[row, place]
         np.testing.assert_allclose(scores.logp[row, place], want * own, rtol=0, atol=2e-6)
@@ -83,27 +87,28 @@ def test_a_prompt_that_stands_once_is_seen_by_all_its_answers_and_by_nothing_els
     batch = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
     apart = [e for i in range(4) for e in sequences(i)]
     assert int((batch.segments > 0).sum()) == sum(len(e.ids) - 1 for e in apart) - 2 * sum(2 + i for i in range(3))
-    weights = jnp.asarray(rng.normal(size=(2, 45)), jnp.float32)
+    weights = rng.normal(size=(2, 45)).astype(np.float32)
+    longest = max(len(e.ids) for e in apart)
+    ids, shares = np.zeros((len(apart), longest), np.int32), np.zeros((len(apart), longest - 1), np.float32)
+    where = [(row, s) for row in range(2) for s in range(1, int(batch.segments[row].max()) + 1)]
+    for i, (e, (row, segment)) in enumerate(zip(apart, where, strict=True)):
+        ids[i, : len(e.ids)] = e.ids  # what follows an example is not seen from it
+        own = (batch.segments[row] == segment) & batch.mask[row]
+        shares[i, : len(e.ids) - 1][e.scored[1:]] = weights[row][own]
 
     def together(params):
         return jnp.sum(weights * score_targets(cfg, params, batch).logp)
 
     def one_by_one(params):
-        total, left = 0.0, {}
-        for row in range(2):
-            for segment in range(1, int(batch.segments[row].max()) + 1):
-                left[row, segment] = weights[row][(batch.segments[row] == segment) & batch.mask[row]]
-        for (row, segment), e in zip(left, (e for i in (0, 1, 2, 3) for e in sequences(i)), strict=True):
-            z = jax.nn.log_softmax(logits(Model(cfg, params), jnp.asarray(e.ids[None, :-1])))[0]
-            logp = jnp.take_along_axis(z, jnp.asarray(e.ids[1:, None]), axis=1)[:, 0][e.scored[1:]]
-            total = total + jnp.sum(logp * left[row, segment])
-        return total
+        z = jax.nn.log_softmax(logits(Model(cfg, params), jnp.asarray(ids[:, :-1])))
+        return jnp.sum(shares * jnp.take_along_axis(z, jnp.asarray(ids[:, 1:, None]), axis=-1)[..., 0])
 
-    (got, grad), (want, wanted) = (jax.value_and_grad(f)(params) for f in (together, one_by_one))
+    (got, grad), (want, wanted) = (jax.jit(jax.value_and_grad(f))(params) for f in (together, one_by_one))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # of some thirty terms of about 3 that cancel
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), grad, wanted)
 
 
+@pytest.mark.slow
 def test_scores_that_stay_still_have_their_values_and_no_gradient():
     params, batch = init_params(CFG, jax.random.key(0)), packed()
     still = batch.segments == 2
@@ -111,11 +116,12 @@ def test_scores_that_stay_still_have_their_values_and_no_gradient():
     wanted = score_targets(CFG, params, batch, squares=True)
     got = score_targets(CFG, params, batch, squares=True, still=still)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, wanted)
-    moved = jax.grad(lambda p: score_targets(CFG, p, batch, still=still).logp.sum())(params)
-    only = jax.grad(lambda p: jnp.where(still, 0.0, score_targets(CFG, p, batch).logp).sum())(params)
+    moved = jax.jit(jax.grad(lambda p: score_targets(CFG, p, batch, still=still).logp.sum()))(params)
+    only = jax.jit(jax.grad(lambda p: jnp.where(still, 0.0, score_targets(CFG, p, batch).logp).sum()))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), moved, only)
 
 
+@pytest.mark.slow
 def test_nothing_flows_between_examples_of_a_row_nor_from_later_tokens_nor_padding():
     """By the gradient of a score with respect to every embedded token."""
     params, batch = init_params(CFG, jax.random.key(0)), packed()
@@ -129,15 +135,18 @@ def test_nothing_flows_between_examples_of_a_row_nor_from_later_tokens_nor_paddi
         return forward(CFG, params, vectors, pos, mask, key_positions=pos).hidden[row, at].sum()
 
     direct = score_targets(CFG, params, batch).hidden
+    scored = jax.jit(jax.value_and_grad(score))
     for row, place, _ in places():
         at = place.stop - 2
-        seen = np.abs(jax.grad(score)(vectors, row, at)).sum(-1) > 0
+        value, gradient = scored(vectors, row, at)
+        seen = np.abs(gradient).sum(-1) > 0
         want = np.zeros_like(seen)
         want[row, place.start : at + 1] = True
         np.testing.assert_array_equal(seen, want)
-        assert float(score(vectors, row, at)) == pytest.approx(float(direct[row, at].sum()), abs=1e-5)
+        assert float(value) == pytest.approx(float(direct[row, at].sum()), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_half_precision_computes_in_half_and_scores_in_single():
     cfg = dataclasses.replace(CFG, dtype="bfloat16")
     params = init_params(cfg, jax.random.key(0))
@@ -156,6 +165,7 @@ MESHES = [dict(data=2, fsdp=4), dict(fsdp=2, tensor=4), dict(data=2, tensor=2, s
 
 
 @pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.slow
 def test_devices_score_their_own_tokens_and_nobody_elses(shape):
     """Losses and gradients of one device; and no device is sent the states or the table of others."""
     cfg = dataclasses.replace(CFG, vocab_size=20 * 1024, num_heads=4, num_kv_heads=4)
