@@ -1,6 +1,7 @@
 """`jaxaroo quickstart`: every pillar at work on models trained meanwhile, and a page that shows what came of it."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Literal
 from .output import UsageError
 
 Name = Literal["policies", "rewards", "improve", "bits", "drafts"]
+CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # programs that run a few times
 
 
 def quickstart_command(call: Callable[[list[str]], int]) -> Callable[..., int]:
@@ -51,6 +53,8 @@ def _quickstart(out: Path, only: tuple[str, ...], smoke: bool, call: Callable[[l
         raise UsageError(f"quickstart: {out} was begun {'with' if then else 'without'} --smoke; go on in the same way.")
     settings.write_text(json.dumps({"smoke": smoke}) + "\n", encoding="utf-8")
     sizes = stages.SMOKE if smoke else stages.Sizes()
+    if smoke:  # before any of its commands starts JAX; flags of the user come later, and count
+        os.environ["XLA_FLAGS"] = f"{CHEAP} {os.environ.get('XLA_FLAGS', '')}".strip()
     _questions(out / "questions.jsonl", sizes.drafted)
     every = stages.stages(out, sizes)
     again = f"the same command goes on: jaxaroo quickstart --out {out}{' --smoke' if smoke else ''}"

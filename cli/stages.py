@@ -40,6 +40,7 @@ class Sizes:
     head: int = 400  # updates of reward models
     value: int = 300  # of a value model
     asked: int = 200  # test questions
+    chosen: int = 200  # test questions with eight answers each
     asked_bits: int = 100  # at each width
     drafted: int = 20  # with each drafter
     round_problems: int = 300
@@ -51,7 +52,7 @@ class Sizes:
     threshold: float = 0.0  # above which an answer's reward makes it worth learning
 
 
-SMOKE = Sizes(
+SMOKE = Sizes(  # eight answers at once wherever some are written, so that all commands share their programs
     policy=100,
     strong=100,
     problems=4,
@@ -59,10 +60,11 @@ SMOKE = Sizes(
     completions=1,
     head=2,
     value=2,
-    asked=4,
-    asked_bits=4,
+    asked=8,
+    chosen=1,
+    asked_bits=8,
     drafted=4,
-    round_problems=2,
+    round_problems=1,
     ranked=2,
     pairs=2,
     margin=0.0,
@@ -96,7 +98,7 @@ def stages(out: Path, n: Sizes) -> tuple[Stage, ...]:
     solve = ("--samples", str(n.samples), "--limit", str(n.problems), *short)
     label = ("label", "steps", "--data", at("solutions.jsonl"), "--n", str(n.completions), *short)
     head = (*rows, "--surprisal", "--train", "head", "--separator", "\n", "--between", "", *updates(n.head, "1e-2"))
-    prompts = ("--prompts", at("questions.jsonl"), "--repeats", "1", *short)
+    prompts = ("--prompts", at("questions.jsonl"), "--repeats", "1", "--no-parts", *short)
     beside = ("--target", strong, *task, *rows, *updates(n.drafter, "2e-3"))
     return (
         Stage(
@@ -138,7 +140,7 @@ def stages(out: Path, n: Sizes) -> tuple[Stage, ...]:
                 ),
                 (
                     *("eval", "best-of-n", "--policy", policy, "--model", at("prm", "model"), *tests, *short),
-                    *("--samples", "8", "--limit", str(n.asked), "--out", at("chosen.jsonl"), "--json"),
+                    *("--samples", "8", "--limit", str(n.chosen), "--out", at("chosen.jsonl"), "--json"),
                 ),
                 ("data", "labelled", "--data", at("by-strong.jsonl"), "--out", at("answers.jsonl")),
                 (
