@@ -118,6 +118,7 @@ RULES = [floors, sizes_and_names, one_spelling_of_a_name, mirrored_tests, packag
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.slow
 def test_the_tree_obeys(rule):
     assert not (faults := list(rule(ROOT))), "\n".join(faults)
 

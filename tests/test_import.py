@@ -27,6 +27,7 @@ def test_a_bare_import_takes_no_time_because_it_leaves_jax_alone():
 
 
 @pytest.mark.parametrize("name", jaxaroo.__all__)
+@pytest.mark.slow
 def test_a_public_name_resolves_without_starting_a_backend(name):
     child = python(f"import jaxaroo; jaxaroo.{name}", JAX_PLATFORMS="none")  # whatever starts a backend now raises
     assert child.returncode == 0, child.stderr

@@ -97,6 +97,7 @@ def said(text, ended=True):
     return Sampled([1], [2], ended, text)
 
 
+@pytest.mark.slow
 def test_stage_two_asks_the_actor_about_what_is_well_formed(home):
     """Oracle: the engine, asked by hand."""
     cfg = CritiqueConfig(**{**vars(CFG), "stage": 2, "actor": str(home / "run" / "model"), "refine_tokens": 4})

@@ -161,6 +161,7 @@ def test_questions_are_asked_elsewhere_and_their_answers_read(run, tmp_path, lef
 
 
 @pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.slow
 def test_or_the_original_model_answers_here(run, speaking, tmp_path, chat):
     model = tmp_path / "model"
     shutil.copytree(speaking, model)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 
+@pytest.mark.slow
 def test_eval_lm_scores_completions_or_a_text(run, trained):
     model = ("--model", trained / "run" / "model")
     status, out, _ = run("eval", "lm", *model, "--data", trained / "rows.jsonl", "--json", "--window", 64)
@@ -78,6 +79,7 @@ def rewarding(speaking, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_eval_prm_reports_scores_and_a_picture(run, rewarding, tmp_path):
     rows = [{"prompt": f"q{i} ", "steps": ["a b", "c"], "labels": [1, i % 2], "id": str(i)} for i in range(6)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -93,6 +95,7 @@ def test_eval_prm_reports_scores_and_a_picture(run, rewarding, tmp_path):
     assert (status, f"AUROC {report['auroc']:.4f}" in out) == (0, True)
 
 
+@pytest.mark.slow
 def test_eval_best_of_n_shows_curves_between_one_answer_and_the_truth(run, speaking, rewarding, tmp_path):
     rows = [{"prompt": f"what is {i} ?", "answer": str(i)} for i in range(3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -112,6 +115,7 @@ def test_eval_best_of_n_shows_curves_between_one_answer_and_the_truth(run, speak
     assert (status, out.split()[:3]) == (0, ["k", "oracle", "majority"])
 
 
+@pytest.mark.slow
 def test_a_guide_steers_answers_and_not_together_with_drafts(run, speaking, rewarding, tmp_path):
     rows = [{"prompt": f"q{i} ", "answer": "1"} for i in range(3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -33,6 +33,7 @@ def test_info_describes_without_loading(run, speaking):
 
 
 @pytest.mark.parametrize("method", ["rtn", "search", "gptq"])
+@pytest.mark.slow
 def test_a_quantised_folder_holds_the_master_of_the_method(run, speaking, tmp_path, method):
     from jaxaroo.models import hf, multi_precision, ptq, quantise
     from jaxaroo.models.tokenizer import load_tokenizer

@@ -74,6 +74,7 @@ def test_misuse_is_still_misuse(run, capsys):
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_any_command_tells_its_result_as_json(run, trained, tmp_path):
     options = ("--model", "preset:tiny", "--data", trained / "rows.jsonl", "--steps", 2, "--batch.max-length", 64)
     status, said, err = run("train", "sft", *options, "--out", tmp_path / "run", "--json")

@@ -13,6 +13,7 @@ from jaxaroo.models.hf import load
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
+@pytest.mark.slow
 def test_generate_prints_rows_that_transformers_would_continue_alike(run):
     io = np.load(GOLDENS / "qwen3" / "io.npz")
     real = int(io["attention_mask"][0].sum())
@@ -28,6 +29,7 @@ def test_generate_prints_rows_that_transformers_would_continue_alike(run):
     assert row["timings"].keys() == {"queue", "prefill", "decode"}
 
 
+@pytest.mark.slow
 def test_generate_streams_text_and_repeats_with_a_seed(run, speaking):
     argv = ("generate", "--model", speaking, "--prompt", "hi", "--max-new-tokens", 20, "--seed", 3)
     status, plain, _ = run(*argv)
@@ -40,6 +42,7 @@ def test_generate_streams_text_and_repeats_with_a_seed(run, speaking):
     assert len(ids.split()) == 3
 
 
+@pytest.mark.slow
 def test_generate_keeps_keys_and_values_as_it_is_told(run):
     """At 4 bits another text than with floats, that of the engine, and no other with drafts."""
     model = load(GOLDENS / "qwen3", dtype="float32")
@@ -56,6 +59,7 @@ def test_generate_keeps_keys_and_values_as_it_is_told(run):
     assert codes != floats
 
 
+@pytest.mark.slow
 def test_generate_answers_a_file_of_prompts_and_reports_the_bad_ones(run, speaking, tmp_path):
     rows = [
         {"prompt": "hi"},

@@ -52,6 +52,7 @@ def sample(run, policy, out, *more):
     return run("label", "sample", "--model", policy, *asked, "--out", out, *more)
 
 
+@pytest.mark.slow
 def test_sampled_solutions_are_rows_of_steps_and_a_killed_job_goes_on(run, policy, tmp_path):
     status, _, err = sample(run, policy, tmp_path / "s.jsonl", "--limit", 3)
     assert (status, "wrote" in err) == (0, True)

@@ -95,6 +95,7 @@ def test_meshes_that_cut_rows_come_last_and_never_of_a_cache(libtpu):
 
 
 @pytest.mark.aot
+@pytest.mark.slow
 def test_a_whole_step_of_speculative_decoding_is_asked_for_by_its_drafter(run, libtpu):
     ask = ("plan", "decode", "--model", "preset:tiny", "--topology", "v5e:1x1", "--batch", 2, "--seq", 256)
     status, out, err = run(*ask, "--drafter", "kangaroo")

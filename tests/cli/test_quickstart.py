@@ -9,6 +9,7 @@ from jaxaroo.cli import stages
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_a_stage_runs_and_ends_in_a_page(run, tmp_path, monkeypatch):
     out_dir = tmp_path / "out"
     monkeypatch.setattr(stages, "SMOKE", dataclasses.replace(stages.SMOKE, policy=3, strong=4))

@@ -154,6 +154,7 @@ document.title = JSON.stringify({images, wide, headings: document.querySelectorA
 });</script>"""
 
 
+@pytest.mark.slow
 def test_a_browser_shows_every_picture_and_complains_of_nothing(out, tmp_path_factory):
     """The page as it is has no script; the copy that is looked at has one that looks."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)

@@ -99,6 +99,7 @@ def weights(out):
     return (out / "model" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_policy_learns_which_of_its_answers_are_right(run, home, tmp_path):
     """Four digits at first, one for each noun in the end; of problems that it was never asked as well."""
     data = ("--data", home / "problems.jsonl", "--test", home / "test.jsonl", "--evaluate-every", 40, "--steps", 40)
@@ -121,7 +122,7 @@ def test_a_policy_learns_which_of_its_answers_are_right(run, home, tmp_path):
     assert np.mean(correct) == last["greedy_accuracy"]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_drafted_answers_are_the_same_answers(run, home, tmp_path, monkeypatch):
     """Drafted by the policy as it began, judged by coupling."""
     made, Engine = [], engine.Engine
@@ -142,7 +143,7 @@ def test_drafted_answers_are_the_same_answers(run, home, tmp_path, monkeypatch):
     assert (status, "verifier rejection; expected coupled" in err) == (1, True)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_two_processes_share_the_problems_and_learn_what_one_does(home, tmp_path):
     """Each answers half of them. A SIGTERM to one stops both after the same step, and the same command goes on."""
     asked = ("rl", "--model", home / "run" / "model", *ASKED, "--steps", 5, "--data", home / "problems.jsonl")

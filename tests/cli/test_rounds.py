@@ -136,7 +136,7 @@ def kept(out):
     return found | {"model": weights(out / "model"), "report": (out / "report.json").read_bytes()}
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_loop_that_was_stopped_ends_as_one_that_was_not(run, home, tmp_path, monkeypatch):
     """With a reward model, on the embedded task: stopped while it trains, and then while it asks."""
     data = ("--data", "builtin:arithmetic", "--reward", home / "judge", "--aggregate", "mean")
@@ -253,6 +253,7 @@ def sampled(home, rows, number, guidance=None, n=4):
 
 
 @pytest.mark.parametrize(("beta", "width"), [(40, 4), pytest.param(0, "all", marks=pytest.mark.proof)])
+@pytest.mark.proof
 @pytest.mark.slow
 def test_answers_of_the_second_round_are_guided_by_the_first(run, home, tmp_path, beta, width):
     """The right digit is always the same, so a value model soon knows it."""
@@ -289,6 +290,7 @@ def test_answers_of_the_second_round_are_guided_by_the_first(run, home, tmp_path
         assert reports[1]["accuracy"] > 0.9
 
 
+@pytest.mark.slow
 def test_the_error_of_a_value_model_is_a_mean_over_tokens(home):
     model, tokenizer = reward.load(home / "judge"), load_tokenizer(home / "judge")
     long = {"id": "0", "prompt": "how many eggs does Ada have ?\n", "texts": ["ans 7", "3 + 4 = 7\nans 7"]}

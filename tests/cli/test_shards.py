@@ -36,6 +36,7 @@ def test_a_part_is_named_or_found_in_the_environment():
         shard_of("auto", slurm | {"SLURM_PROCID": "4"})
 
 
+@pytest.mark.slow
 def test_parts_of_sampling_and_labelling_are_the_whole_to_the_byte(run, policy, tmp_path, monkeypatch):  # noqa: F811
     whole, out = tmp_path / "whole.jsonl", tmp_path / "parts" / "rows.jsonl"
     out.parent.mkdir()

@@ -49,7 +49,7 @@ def said(output):
 
 
 @pytest.mark.optimizer
-@pytest.mark.slow
+@pytest.mark.proof
 def test_an_acceptance_head_is_trained_measured_and_used(run, speaking, small, tmp_path):
     base = ("--target", speaking, "--drafter", small / "small", "--data", small / "rows.jsonl")
     status, _, err = run("train", "acceptance", *base, *SHORT, "--out", tmp_path / "run", "--evaluate-every", 2)
@@ -65,6 +65,7 @@ def test_an_acceptance_head_is_trained_measured_and_used(run, speaking, small, t
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_a_judge_is_trained_and_what_it_passes_comes_with_a_warning(run, speaking, small, tmp_path):
     base = ("--target", speaking, "--data", small / "rows.jsonl")
     status, _, _ = run("train", "judge", *base, *SHORT, "--out", tmp_path / "run", "--negative-weight", 2)
@@ -103,7 +104,7 @@ def test_what_a_head_cannot_be_trained_from_is_explained(run, speaking, small, t
 
 
 @pytest.mark.optimizer
-@pytest.mark.slow
+@pytest.mark.proof
 def test_preferences_are_learned_with_the_settings_of_the_objective(run, speaking, tmp_path):
     rows = [{"prompt": f"say {i % 5}", "chosen": "aa", "rejected": "zz"} for i in range(20)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -61,6 +61,7 @@ def check_greedy(model, io):
 
 
 @pytest.mark.parametrize("name", [p.name for p in sorted(GOLDENS.iterdir()) if (p / "io.npz").exists()])
+@pytest.mark.slow
 def test_greedy_equals_transformers_in_a_ragged_batch(name):
     check_greedy(*golden(name))
 
@@ -93,6 +94,7 @@ def uncached(model, prompt, s: Sampling, seed):
     return line
 
 
+@pytest.mark.slow
 def test_sampling_equals_uncached_sampling_with_the_same_noise():
     model, _ = golden("qwen2_mixed")
     want = [uncached(model, PROMPTS[i], SAMPLED[i], SEEDS[i]) for i in (0, 1)]
@@ -100,6 +102,7 @@ def test_sampling_equals_uncached_sampling_with_the_same_noise():
     assert lines(run(model, tokens, rows)) == want
 
 
+@pytest.mark.slow
 def test_neighbours_order_and_chunks_never_change_a_row():
     model, _ = golden("qwen2_mixed")
     tokens, rows = pack(PROMPTS, SAMPLED, SEEDS)
@@ -115,6 +118,7 @@ def test_neighbours_order_and_chunks_never_change_a_row():
 
 
 @pytest.mark.parametrize("mode", ["raw", "processed"])
+@pytest.mark.slow
 def test_reported_logprobs_are_those_of_a_whole_forward(mode):
     model, _ = golden("qwen3")
     prompt, s = [5, 9, 33, 100], Sampling(temperature=0.7, top_k=30, max_tokens=16)
@@ -147,6 +151,7 @@ def test_a_stop_token_ends_its_row_alone_and_is_kept():
     assert FULL in state.status
 
 
+@pytest.mark.slow
 def test_a_halted_row_stays_as_it_was_and_the_others_go_on():
     model, _ = golden("qwen2_mixed")
     cfg, params = model
@@ -176,7 +181,7 @@ def test_a_row_with_nan_ends_and_leaves_the_others_alone():
     assert np.isfinite(state.scores.chosen).all()
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_row_put_into_a_freed_slot_runs_as_if_alone():
     model, _ = golden("qwen2_mixed")
     cfg, params = model
@@ -193,6 +198,7 @@ def test_a_row_put_into_a_freed_slot_runs_as_if_alone():
     assert lines(jax.device_get(state)) == [want[0], want_late, want[2]]
 
 
+@pytest.mark.slow
 def test_a_full_buffer_is_not_overrun():
     model, _ = golden("qwen2_mixed")
     prompt, s = list(range(30)), Sampling(temperature=0.0, max_tokens=34)
@@ -244,7 +250,7 @@ def copyist():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_trained_model_writes_the_same_at_8_and_4_bits(dtype):
     """Patterns of tokens that do not repeat, begun at different places; the right answer is known."""
     rng = np.random.default_rng(0)
@@ -258,6 +264,7 @@ def test_a_trained_model_writes_the_same_at_8_and_4_bits(dtype):
     assert lines(state) == [(p * 9)[: PERIOD + i + 18] for i, p in enumerate(patterns)]
 
 
+@pytest.mark.slow
 def test_a_step_takes_as_much_less_memory_as_the_cache():
     cfg = DecoderConfig(
         vocab_size=16, embed_dim=8, ffn_dim=8, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=128, max_positions=64
@@ -276,6 +283,7 @@ def test_a_step_takes_as_much_less_memory_as_the_cache():
 
 
 @pytest.mark.parametrize("chunk", [16, 64])
+@pytest.mark.slow
 def test_prompt_scores_are_the_log_softmax(chunk):
     model, io = golden("qwen3")
     ids = np.pad(io["input_ids"], ((0, 0), (0, S - io["input_ids"].shape[1])))

@@ -59,7 +59,7 @@ def test_a_batch_equals_single_runs_whatever_the_number_of_slots():
     assert [len(a) for a in alone] == [s.max_tokens for s in settings]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_batch_equals_single_runs_with_a_cache_of_codes():
     settings = [Sampling(max_tokens=5 + 6 * i, seed=i, temperature=0.5 * (i % 3)) for i in range(len(PROMPTS))]
     engine = make(max_seqs=1, kv_dtype="int4")
@@ -74,7 +74,7 @@ def test_a_kind_of_cache_that_there_is_not_is_refused():
         make(kv_dtype="int5").generate("one")
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_prompts_of_any_length_fit_a_capacity_and_a_chunk(monkeypatch):
     """Around every border of the sizes: the answer equals that of one uncached forward."""
     monkeypatch.setattr(engine_module, "PREFILL_CHUNKS", (4, 16, 64))
@@ -87,6 +87,7 @@ def test_prompts_of_any_length_fit_a_capacity_and_a_chunk(monkeypatch):
         assert line[n:] == np.argmax(z[n - 1 : n + 2], axis=-1).tolist()
 
 
+@pytest.mark.slow
 def test_a_full_refill_lets_go_of_the_old_cache_first(monkeypatch):
     """Two caches at a time would halve what fits on a device."""
     alive, prefill = [], engine_module.device.prefill
@@ -129,6 +130,7 @@ def test_streamed_deltas_make_the_whole_and_stop_strings_cut_at_the_earliest():
         assert kept.text == free.text[:cut] + reason
 
 
+@pytest.mark.slow
 def test_an_end_token_ends_and_is_kept_in_the_ids_alone():
     engine = make()
     free = engine.generate("go", Sampling(max_tokens=20, temperature=0.0))[0].outputs[0]
@@ -162,6 +164,7 @@ def test_samples_of_one_prompt_differ_and_seeds_repeat_them():
     assert len({tuple(a) for a in (*first, *other)}) == 4
 
 
+@pytest.mark.slow
 def test_logprobs_are_those_of_the_model():
     engine = make()
     result = engine.generate("go", Sampling(max_tokens=8, seed=1, logprobs=2, prompt_logprobs=1))[0]
@@ -183,6 +186,7 @@ def test_logprobs_are_those_of_the_model():
     assert plain.outputs[0].cumulative_logprob == pytest.approx(answer.cumulative_logprob)
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_the_first_call_of_a_shape():
     """Counted by JAX itself: every trace and every compilation in the process reports its duration."""
     compiled = []
@@ -277,6 +281,7 @@ def test_a_chat_is_rendered_and_its_text_stays_text():
     assert TOKENIZER.eos_ids[0] not in by_chat.prompt_token_ids
 
 
+@pytest.mark.slow
 def test_an_abort_keeps_the_text_so_far_and_frees_the_slots():
     engine = make(max_seqs=2)
     s = Sampling(max_tokens=100, ignore_eos=True, seed=3)
@@ -306,6 +311,7 @@ def test_a_timeout_ends_with_abort():
     assert results[0].outputs[0].token_ids != []
 
 
+@pytest.mark.slow
 def test_a_row_of_nan_is_an_error_of_its_own():
     params = model().params
     engine = Engine(Model(CFG, params | {"embed": params["embed"].at[ord("#")].set(jnp.nan)}), TOKENIZER, max_seqs=4)
@@ -336,6 +342,7 @@ def test_a_closed_engine_says_so():
         engine.generate("one")
 
 
+@pytest.mark.slow
 def test_threads_and_nested_calls_share_an_engine():
     engine, got = make(), {}
     want = [answers(engine.generate(p, ASCII)) for p in PROMPTS]
@@ -388,6 +395,7 @@ def test_an_engine_that_cannot_be_is_refused(options, message):
 
 
 @pytest.mark.errors
+@pytest.mark.slow
 def test_misuse_of_generate_is_refused():
     with pytest.raises(ValueError, match="2 sampling settings for 1 prompts"):
         make().generate("one", [ASCII, ASCII])

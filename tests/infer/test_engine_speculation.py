@@ -96,6 +96,7 @@ def test_drafting_that_comes_and_goes_changes_nothing(monkeypatch):
     assert stats["steps"] + stats["accepted_tokens"] < sum(len(a) for r in plainly() for a in r)  # some were plain
 
 
+@pytest.mark.slow
 def test_shorter_drafts_share_the_state_of_longer_ones(monkeypatch):
     """Plainly, a level of drafts, three levels, and again: the same answers, and each arm drafts what it is made to."""
     long = drafting()
@@ -134,6 +135,7 @@ def test_the_drafters_cache_counts_when_memory_is_short(monkeypatch):
     assert asked[1] - asked[0] == 4 * (keys_and_values + last + length + tally)
 
 
+@pytest.mark.slow
 def test_catching_up_is_beginning_anew():
     """After plain decoding, the drafter's state is what a prefill of the same text would give, to rounding."""
     spec = drafting()

@@ -176,6 +176,7 @@ def test_a_check_of_ones_own_sees_question_and_text():
     assert (report.rows[0]["correct"], report.majority) == ([True, False, False, True], 0)
 
 
+@pytest.mark.slow
 def test_the_engine_gives_what_generate_gives():
     m, s = model(TOKENIZER.vocab_size), Sampling(max_tokens=5, temperature=0.0)
     loud = jnp.ones((TOKENIZER.vocab_size, 1)).at[48:58].set(4.0)  # mostly digits
@@ -215,6 +216,7 @@ def brute(m, row, window, stride):
 
 
 @pytest.mark.parametrize(("stride", "tied"), [(1, False), (7, True), (None, False), (23, False)])
+@pytest.mark.slow
 def test_perplexity_is_that_of_dense_softmaxes_window_by_window(stride, tied):
     m, data = model(tie_embeddings=tied), rows(1, 2, 9, 16, 17, 23, 24, 25, 40, 70)
     want = [brute(m, row, 24, stride or 12) for row in data]
@@ -227,6 +229,7 @@ def test_perplexity_is_that_of_dense_softmaxes_window_by_window(stride, tied):
         assert (*got[:2], got.bits_per_byte) == (len(late), pytest.approx(sum(late), rel=1e-6), None)
 
 
+@pytest.mark.slow
 def test_padding_batches_order_and_the_form_of_layers_change_nothing(monkeypatch):
     m, data = model(), rows(2, 3, 9, 20, 23, 24, 25, 60)
     run = lambda data, m=m, batch=4, **kw: evaluate_lm(m, data, window=24, batch=batch, num_bytes=9, **kw)
@@ -239,6 +242,7 @@ def test_padding_batches_order_and_the_form_of_layers_change_nothing(monkeypatch
     assert run(data) == want
 
 
+@pytest.mark.slow
 def test_few_lengths_compile_and_then_nothing_does(monkeypatch):
     traced, forward = [], evaluate.forward
     monkeypatch.setattr(evaluate, "forward", lambda *a: (traced.append(a[2].shape), forward(*a))[1])

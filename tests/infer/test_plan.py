@@ -15,6 +15,7 @@ SMALL = preset("100m")
 
 
 @pytest.mark.aot
+@pytest.mark.slow
 def test_weights_and_cache_lie_along_tensor_and_a_tree_costs_as_many_products_as_it_has_nodes(libtpu):
     mesh = make_mesh(MeshConfig(fsdp=1, tensor=4), devices_of("v5e:2x2"))
     one = plan_decoding(SMALL, mesh, "v5e", rows=2, capacity=256)
@@ -35,6 +36,7 @@ def test_weights_and_cache_lie_along_tensor_and_a_tree_costs_as_many_products_as
 
 
 @pytest.mark.aot
+@pytest.mark.slow
 def test_fewer_bits_are_fewer_bytes(libtpu):
     mesh = make_mesh(MeshConfig(fsdp=1), devices_of("v5e:1x1"))
     found = {bits: plan_decoding(SMALL, mesh, "v5e", rows=1, capacity=256, bits=bits) for bits in (16, 4)}
@@ -45,6 +47,7 @@ def test_fewer_bits_are_fewer_bytes(libtpu):
 
 
 @pytest.mark.aot
+@pytest.mark.proof
 def test_a_step_of_speculation_is_the_drafters_products_and_the_targets(libtpu):
     """By hand: every node is read once by the target's layers and head, a few by the drafter."""
     mesh = make_mesh(MeshConfig(fsdp=1, tensor=2), devices_of("v5e:2x1"))

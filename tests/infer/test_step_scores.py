@@ -71,6 +71,7 @@ def together(cfg=REWARD):
 
 
 @pytest.mark.parametrize("cfg", [REWARD, SURPRISED], ids=["state", "surprisal"])
+@pytest.mark.slow
 def test_one_pass_is_the_scoring_of_every_prefix(cfg):
     got = together(cfg)
     assert [len(s) for s in got] == [2, 1, 0, 9, 3]

@@ -45,6 +45,7 @@ def test_quality_is_that_of_the_floats_of_this_width(master):
     assert wide.nats != pytest.approx(got.nats, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_answers_are_asked_for_where_there_are_questions(master):
     ids = [np.arange(5, 17)]
     got = quality(at(master, 4), byte_tokenizer(), Rows(ids, [4], [Question("1 + 1", "#### 2")]), max_new_tokens=4)
@@ -65,6 +66,7 @@ def test_bytes_are_those_of_the_arrays(master, bits):
     assert weigh(plain) == (sum(w.nbytes for w in jax.tree.leaves(plain.params)), 0, 0.0)
 
 
+@pytest.mark.proof
 def test_speed_is_measured_of_every_model(master):
     found = decode_speed({"8": at(master, 8), "2": at(master, 2)}, tokens=4, repeats=1)
     assert {*found} == {"8", "2"}

@@ -56,6 +56,7 @@ def assert_close(got, want, tolerance):
 @pytest.mark.parametrize(
     ("N", "V", "transform"), [(37, 101, BENT), (37, 101, {}), (300, 700, {}), (16, 256, {}), (1, 3, {})]
 )
+@pytest.mark.slow
 def test_kernels_give_values_and_gradients_of_the_dense_form(N, V, transform):
     given = inputs(N, V)
     assert_close(both("kernel", *given, **transform), both("dense", *given, **transform), 3e-6)

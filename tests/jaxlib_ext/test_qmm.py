@@ -324,6 +324,7 @@ def fast_product(x, codes, scale, bits):
 @pytest.mark.parametrize(
     ("shape", "bits"), [*[(shape, 3) for shape in KERNEL], *[(KERNEL[2], bits) for bits in (4, 6, 2, 8, 7, 5)]]
 )
+@pytest.mark.slow
 def test_the_kernel_is_the_product(shape, bits):
     """Step by step, races looked for, and with NaN in all memory that nobody has written."""
     x, codes, scale = case(*shape)
@@ -334,6 +335,7 @@ def test_the_kernel_is_the_product(shape, bits):
 
 
 @pytest.mark.parametrize("shape", KERNEL[1:4])
+@pytest.mark.slow
 def test_the_kernel_switches_master_codes_to_any_width(shape):
     x, codes, scale = case(*shape)
     for bits in WIDTHS:
@@ -385,6 +387,7 @@ def test_each_platform_gets_its_own_program(platform):
 
 @pytest.mark.aot
 @pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.slow
 def test_the_tpu_compiler_takes_the_kernel_at_the_shapes_of_an_8b_model(chip, libtpu):
     """No copy of the words is made, and what the grid moves is at most 1.15 x what has to be moved."""
     for B, K, N, M, bits in [
@@ -407,6 +410,7 @@ def test_the_tpu_compiler_takes_the_kernel_at_the_shapes_of_an_8b_model(chip, li
 
 
 @pytest.mark.aot
+@pytest.mark.slow
 def test_the_tpu_compiler_takes_every_width_and_switched_codes(libtpu):
     like = jax.ShapeDtypeStruct
     x, scale = like((8, 1024), jnp.float32), like((256, 1), jnp.bfloat16)

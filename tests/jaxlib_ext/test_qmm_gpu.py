@@ -50,6 +50,7 @@ def test_inputs_that_fill_no_block_are_padded():
 
 
 @pytest.mark.parametrize("shape", [KERNEL[1], KERNEL[3]])
+@pytest.mark.slow
 def test_the_kernel_switches_master_codes_to_any_width(shape):
     x, codes, scale = small(shape)
     any_width = jax.jit(lambda b: qmm(x, codes, scale, bits=b, dtype=jnp.float32, impl="interpret-gpu"))

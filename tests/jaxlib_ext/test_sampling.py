@@ -83,6 +83,7 @@ def test_what_does_not_fit_together_is_refused():
 
 @pytest.mark.aot
 @pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.slow
 def test_the_tpu_compiler_takes_the_kernel_at_large_vocabularies(chip, libtpu):
     like = jax.ShapeDtypeStruct
     for B, V in ((1, 128_256), (32, 151_936)):

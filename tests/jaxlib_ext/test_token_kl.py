@@ -128,6 +128,7 @@ def test_a_reference_may_have_another_dtype_than_the_policy(weights):
     assert_all_close(value_and_grads(token_kl, args, weights, **TILED), oracle(*args, weights), **CLOSE)
 
 
+@pytest.mark.slow
 def test_tiles_do_not_change_the_result(weights):
     args = inputs()
     first, *others = (
@@ -198,6 +199,7 @@ def test_the_backward_pass_keeps_the_inputs_themselves_and_two_numbers_a_token()
 
 @pytest.mark.parametrize("laid_out", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.slow
 def test_tokens_and_vocabulary_over_eight_devices_give_the_same(masked, laid_out):
     """With a layout each device for itself, without one as the compiler sees fit; tokens of a mask alone, or all."""
     args, weights = inputs(sizes=(40, D, E, 102)), jax.random.normal(jax.random.key(9), (40,))

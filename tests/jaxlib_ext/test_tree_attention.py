@@ -53,6 +53,7 @@ def attention(q, k, v, mask, impl="interpret-tpu", **settings):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("impl", ["interpret-tpu", "xla"])
+@pytest.mark.slow
 def test_attention_is_that_of_loops(name, impl):
     shape, settings = CASES[name]
     given = case(shape)
@@ -69,6 +70,7 @@ def test_large_scores_of_bfloat16_stay_finite():
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", ["a tree in blocks", "parts, the last of them empty"])
+@pytest.mark.slow
 def test_codes_are_read_as_what_they_stand_for(name, bits):
     shape, settings = CASES[name]
     q, k, v, mask = case(shape)
@@ -80,6 +82,7 @@ def test_codes_are_read_as_what_they_stand_for(name, bits):
         assert np.linalg.norm(got - want) <= 2e-6 * np.linalg.norm(want)
 
 
+@pytest.mark.slow
 def test_what_nobody_sees_does_not_matter_whatever_it_holds():
     """Neither rows behind the last one in use, nor a query that sees nothing, which gets finite numbers."""
     q, k, v, mask = case((2, 3, 700, 4, 2, 8))
@@ -136,7 +139,8 @@ def test_each_platform_gets_its_own_program(platform):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", [CHIPS[0], *(pytest.param(c, marks=pytest.mark.proof) for c in CHIPS[1:])])
+@pytest.mark.slow
 def test_the_tpu_compiler_takes_the_kernel_at_the_shapes_of_an_8b_model(chip, libtpu):
     """A float cache is read where it lies: what else the program holds is small."""
     like = jax.ShapeDtypeStruct

@@ -37,6 +37,7 @@ def test_attention_is_that_of_loops(name):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.slow
 def test_codes_are_read_as_what_they_stand_for(bits):
     q, k, v, mask = case((2, 7, 300, 6, 2, 64))
     k, v = (quantise_rows(x * jnp.exp2(jnp.arange(300) % 5)[None, :, None, None], bits) for x in (k, v))
@@ -45,6 +46,7 @@ def test_codes_are_read_as_what_they_stand_for(bits):
     assert np.linalg.norm(got - want) <= 2e-6 * np.linalg.norm(want)
 
 
+@pytest.mark.slow
 def test_rows_that_nobody_sees_are_not_read():
     """In front of a window and behind the last row in use: NaN there is in no block that a program reads."""
     q, k, v, mask = case((1, 3, 1024, 4, 2, 64))
@@ -82,6 +84,7 @@ def test_shares_keep_a_gpu_busy_and_are_no_smaller_than_blocks():
     assert tiles_of(q(64, 8), 128, 8, None).parts == 1
 
 
+@pytest.mark.slow
 def test_programs_for_cuda_have_both_kernels():
     for T, S, bits in ((1, 4096, None), (40, 300, None), (8, 256, 8), (8, 256, 4)):
         q, k, v, mask = case((1, T, S, 32, 8, 128), dtype=jnp.bfloat16)

@@ -78,6 +78,7 @@ def check_against_transformers(folder: Path):
 
 
 @pytest.mark.parametrize("name", OURS)
+@pytest.mark.slow
 def test_matches_transformers(name):
     check_against_transformers(GOLDENS / name)
 
@@ -99,6 +100,7 @@ def test_stacked_layers_compute_what_unrolled_ones_do():
 
 @pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("cut", [0, 1, 3, 4])
+@pytest.mark.slow
 def test_two_halves_make_a_whole(cut, stacked):
     cfg, params = model()
     params = params if stacked else unstack_layers(params)
@@ -127,6 +129,7 @@ def test_cached_pieces_equal_the_uncached_whole(pieces):
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("int8", 8), ("int4", 4)])
+@pytest.mark.slow
 def test_pieces_read_all_keys_and_values_as_they_are_kept(dtype, bits, monkeypatch):
     """Oracle: no cache, and attention that rounds what it is given. In any pieces, codes are the same."""
     cfg, params = model()
@@ -152,6 +155,7 @@ def test_pieces_read_all_keys_and_values_as_they_are_kept(dtype, bits, monkeypat
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mistral_window"])
+@pytest.mark.slow
 def test_logits_move_little_at_8_bits_and_more_at_4(name):
     """Measured on all goldens: 1 to 1.6 % of the logits' spread at 8 bits, 14 to 24 % at 4, where steps are 17 fold."""
     cfg, params = hf.load(GOLDENS / name, dtype="float32")
@@ -179,6 +183,7 @@ def test_rows_past_the_length_are_never_seen():
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_a_tree_of_candidates_scores_like_each_branch_alone():
     """Two branches, level by level behind a prefix, in one pass: rows are not positions, and windows go by these."""
     cfg, params = model()
@@ -211,6 +216,7 @@ def test_no_token_sees_a_later_one_nor_one_behind_its_window():
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 300, 1100])
+@pytest.mark.slow
 def test_attention_in_blocks_is_attention(length):
     """Values and gradients, of several examples in a row too; blocks of 128 and, of 1,100 rows, of 138."""
     keys = jax.random.split(jax.random.key(0), 4)
@@ -244,6 +250,7 @@ def test_rows_that_are_shared_out_are_not_cut(sizes, whole, monkeypatch):
     assert asked == ([256] if whole else [128, 256]) * CFG.num_layers
 
 
+@pytest.mark.slow
 def test_padding_on_either_side_changes_nothing():
     tokens, _ = batch(1, 7)
     alone = logits(model(), tokens)
@@ -256,6 +263,7 @@ def test_padding_on_either_side_changes_nothing():
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.slow
 def test_remat_changes_no_gradient(remat):
     cfg, params = model()
     tokens, positions = batch()
@@ -265,6 +273,7 @@ def test_remat_changes_no_gradient(remat):
 
 
 @pytest.mark.parametrize(("shape", "stacked"), [((1, 8, 1), True), ((1, 2, 2), True), ((2, 2, 2), False)])
+@pytest.mark.slow
 def test_sharded_equals_one_device(shape, stacked):
     cfg, params = model()
     params = params if stacked else unstack_layers(params)

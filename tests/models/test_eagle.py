@@ -91,6 +91,7 @@ def oracle(p, features, tokens, positions, mask):
     return np.array(out)
 
 
+@pytest.mark.slow
 def test_matches_float64_loops_and_is_causal_by_default():
     got = run(CFG, params(), EMBED, FEATURES, TOKENS, POSITIONS)
     assert got.cache is None
@@ -137,6 +138,7 @@ def test_cached_rows_behind_each_rows_own_length_equal_the_whole():
     np.testing.assert_array_equal(more.cache.length, length)
 
 
+@pytest.mark.slow
 def test_a_tree_behind_cached_rows_equals_each_path_alone():
     """Nodes 0, 1 hang on the committed pairs; 2, 3 on node 0, 4 on node 1. Levels are fed one after the other."""
     parent = [-1, -1, 0, 0, 1]
@@ -184,6 +186,7 @@ def test_the_cache_fits_and_activations_keep_their_dtype():
 
 
 # -------------------------------------------------------------------------------------------------------- parameters
+@pytest.mark.slow
 def test_fresh_parameters_follow_from_the_key():
     fresh, again, other = (init_params(CFG, jax.random.key(k)) for k in (1, 1, 2))
     same = jax.tree.map(lambda a, b: bool((a == b).all()), fresh, again)

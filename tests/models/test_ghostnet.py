@@ -120,6 +120,7 @@ BRANCHES = {  # what the sum consists of, by its sizes
 
 
 @pytest.mark.parametrize("name", BRANCHES)
+@pytest.mark.slow
 def test_branches_are_their_sum_and_fold_to_one_kernel(name):
     sizes, number = BRANCHES[name]
     stride, groups = sizes.get("stride", 1), sizes["inputs"] if "depthwise" in sizes else 1
@@ -162,6 +163,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", ROWS)
+@pytest.mark.slow
 def test_a_bottleneck_is_that_of_sums(name):
     attention, row = ROWS[name]
     whole = dataclasses.replace(CFG, width=1.0)
@@ -199,7 +201,7 @@ def unfolded():
     return np.asarray(logits(CFG, *network()))
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_the_whole_network_folded_is_the_network(tmp_path):
     params, stats = network()
     cfg, kernels = ghostnet.fold(CFG, params, stats)
@@ -215,7 +217,7 @@ def test_the_whole_network_folded_is_the_network(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, found[1:], wanted[1:])
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_training_moves_every_statistic_and_reaches_every_weight():
     params, stats = network()
 

@@ -134,6 +134,7 @@ def test_a_tied_head_may_be_there_too_if_it_is_the_same_to_the_bit(tmp_path, mon
     assert hf.describe(GOLDENS / "qwen3")["kv_bytes_per_token"] == {"float32": 2 * 2 * 2 * 16 * 4, "bfloat16": 256}
 
 
+@pytest.mark.slow
 def test_the_host_never_holds_a_shard(tmp_path):
     sizes = {"vocab_size": 9, "embed_dim": 512, "ffn_dim": 1024, "num_layers": 4}
     cfg = DecoderConfig(**sizes, num_heads=32, num_kv_heads=32, head_dim=16)
@@ -260,6 +261,7 @@ def same(got, want):
         assert (a.dtype, a.shape, np.asarray(a).tobytes()) == (b.dtype, b.shape, np.asarray(b).tobytes())
 
 
+@pytest.mark.slow
 def test_a_master_comes_back_to_the_bit_whatever_the_form(tmp_path):
     folder = written(tmp_path / "it")
     for stacked in (True, False):
@@ -335,6 +337,7 @@ def test_a_master_is_served_at_any_width_and_trained_as_floats(tmp_path):
 
 
 @pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.slow
 def test_a_master_on_eight_devices_is_the_same_master(stacked, tmp_path):
     folder = written(tmp_path / "it")
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))

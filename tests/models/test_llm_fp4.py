@@ -157,6 +157,7 @@ def test_channels_of_their_own_lose_less():
 
 
 @pytest.mark.parametrize(("seed", "bits"), [(0, 4), (1, 4), (2, 4), (3, 4), (0, 8)])
+@pytest.mark.slow
 def test_search_is_never_worse_than_plain_maxima(seed, bits):
     x, w = case(seed)
     start, found = plain(jnp.asarray(x), jnp.asarray(w), bits), searched(seed, bits)

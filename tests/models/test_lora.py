@@ -58,6 +58,7 @@ def wide(tree):
 
 # ------------------------------------------------------------------------------------------------------------ merged
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 2 / 3), (True, 2 / 3**0.5)])
+@pytest.mark.slow
 def test_every_weight_is_w_plus_scale_times_b_a(rslora, scale):
     lora = dataclasses.replace(LORA, rslora=rslora)
     merged, params, adapters = apply_lora(lora, base(), trained())["layers"], wide(base()), wide(trained())
@@ -164,6 +165,7 @@ def test_a_merged_model_survives_export(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- training
+@pytest.mark.slow
 def test_at_first_b_learns_and_a_does_not():
     """dL/dB = s G A^T and dL/dA = s B^T G, where G is the gradient in the merged weight."""
     loss = lambda params: (logits(Model(CFG, params), TOKENS) ** 2).mean()

@@ -87,6 +87,7 @@ def equal(got, want):
 
 
 # ------------------------------------------------------------------------------------------------------------- rules
+@pytest.mark.slow
 def test_matrices_of_attention_and_mlp_are_quantised_and_nothing_else():
     assert list(quantised_paths(base())) == sorted(f"layers/{path}" for path in WEIGHTS)
     assert quantised_paths(unstack_layers(base())) == quantised_paths(base())
@@ -109,6 +110,7 @@ def test_the_table_of_inputs_is_that_of_the_axis_names():
 
 
 # ------------------------------------------------------------------------------------------------------------- scales
+@pytest.mark.slow
 def test_every_leaf_starts_alone():
     scales = init(base(), MIXED)
     for path, cfg in quantised_paths(base(), MIXED).items():
@@ -131,6 +133,7 @@ def test_every_leaf_starts_alone():
 # --------------------------------------------------------------------------------------------------- training = serving
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("form", [lambda tree: tree, unstack_layers], ids=["stacked", "tuple"])
+@pytest.mark.slow
 def test_trained_weights_are_served_weights_to_the_bit(rules, form):
     params, scales = form(base()), form(learned(rules))
     master = stored(params, scales, rules)
@@ -153,6 +156,7 @@ def test_exporting_op_by_op_gives_what_a_compiled_step_trained():
         equal(got, tree_at(params, scales, jnp.int32(bits), rules))
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_too():
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), base())
     scales = init(params, MIXED)
@@ -161,6 +165,7 @@ def test_bfloat16_weights_too():
         equal(served(master, jnp.int32(bits), MIXED, jnp.bfloat16), tree_at(params, scales, jnp.int32(bits), MIXED))
 
 
+@pytest.mark.slow
 def test_each_leaf_is_quantised_as_it_would_be_alone():
     """Clipped to the widths of its config, and times the gain of its output channel at widths that have one."""
     for bits in WIDTHS:
@@ -182,6 +187,7 @@ def test_what_is_not_quantised_is_the_same_array():
     assert changed == {"['layers']" + "".join(f"['{n}']" for n in path.split("/")) for path in WEIGHTS}
 
 
+@pytest.mark.slow
 def test_every_layer_has_its_own_width():
     plan = [8, 2, 4]
     for form in (lambda tree: tree, unstack_layers):
@@ -225,6 +231,7 @@ def test_the_decoder_runs_unchanged_on_either_weights():
     assert error[0] < 0.05 < error[1] < error[2]
 
 
+@pytest.mark.slow
 def test_one_program_trains_every_width_and_every_plan():
     count = []
 
@@ -256,6 +263,7 @@ def test_one_program_trains_every_width_and_every_plan():
     assert count == [(), (3,)]
 
 
+@pytest.mark.slow
 def test_a_gain_learns_at_its_own_width_alone():
     def loss(scales, bits):
         return sum(jnp.sum(w**2) for w in jax.tree.leaves(fake_quantise_tree(base(), scales, bits, MIXED)["layers"]))
@@ -267,6 +275,7 @@ def test_a_gain_learns_at_its_own_width_alone():
             assert (grad[..., i] != 0).all() if i == index else (grad[..., i] == 0).all()
 
 
+@pytest.mark.slow
 def test_a_config_decides_the_gradient_of_its_scales():
     """Divided by sqrt(n p_l) where the config says so, and by ln 2 s more where the logarithm is learned."""
     base_w = {"mlp": {"up": at(base(), "layers/mlp/up")[0]}}
@@ -303,7 +312,10 @@ def off(got, want):
     return np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
 
 
-@pytest.mark.parametrize("bits", [*WIDTHS, (8, 2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "bits", [*WIDTHS[:1], *(pytest.param(b, marks=pytest.mark.proof) for b in WIDTHS[1:]), (8, 2, 4)], ids=str
+)
+@pytest.mark.slow
 def test_the_decoder_multiplies_by_integers_what_it_multiplied_by_floats(bits):
     whole = jnp.int32(bits) if isinstance(bits, int) else jnp.array(bits, jnp.int32)
     floats = unstack_layers(served(master(), whole, MIXED, jnp.float32))
@@ -372,6 +384,7 @@ def test_a_view_has_the_bytes_of_the_table(bits):
         assert got == want
 
 
+@pytest.mark.slow
 def test_integer_activations_are_near():
     """A token's largest of 32 to 64 numbers is about 3 times their root mean square, so a step is 3 / 127 of it and its
     noise 3 / 127 / sqrt(12) = 0.7 %, seven times in each of three layers: in all 0.7 % sqrt(21) = 3 % or less, as the
@@ -383,6 +396,7 @@ def test_integer_activations_are_near():
             assert 1e-3 < off(a, b) < 0.03
 
 
+@pytest.mark.slow
 def test_half_precision_multiplies_exact_codes():
     """Rounded weights would add an error of their own to that of the activations."""
     half = dataclasses.replace(CFG, dtype="bfloat16")

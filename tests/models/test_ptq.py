@@ -90,6 +90,7 @@ def test_nearest_codes_are_those_of_a_loop(bits, group):
 
 # --------------------------------------------------------------------------------------------------------------- GPTQ
 @pytest.mark.parametrize(("cfg", "seed", "K"), [(FOUR, 0, 160), (THREE, 1, 160), (FOUR, 2, 288), (GROUPED, 3, 160)])
+@pytest.mark.slow
 def test_codes_are_those_of_the_optimal_brain_surgeon(cfg, seed, K):
     """K of 160 is a block of 128 and a part of one, and 288 two and a part."""
     x, w = correlated(seed, 400, K, 8)
@@ -190,6 +191,7 @@ def test_scales_start_as_the_config_says():
 
 
 # --------------------------------------------------------------------------------------------------------------- LoRC
+@pytest.mark.slow
 def test_the_error_that_is_left_is_the_tail_of_singular_values():
     w = np.random.default_rng(3).normal(size=(3, 4, 40)).astype(np.float32)
     stored = round_to_nearest(jnp.asarray(w), THREE)
@@ -296,6 +298,7 @@ def test_the_whole_model_is_calibrated_layer_by_layer_on_what_the_quantised_laye
             assert (np.asarray(leaf["codes"]) != np.asarray(near)).mean() > 0.1
 
 
+@pytest.mark.slow
 def test_the_master_is_served_and_does_better_than_nearest_codes():
     B, T = 2, 12
     positions = jnp.broadcast_to(jnp.arange(T)[None], (B, T))

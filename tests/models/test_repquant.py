@@ -156,6 +156,7 @@ def test_one_quantiser_then_gives_the_codes_that_each_channel_had():
 
 
 @pytest.mark.parametrize("form", [lambda tree: tree, unstack_layers], ids=["stacked", "tuple"])
+@pytest.mark.slow
 def test_a_decoder_with_rewritten_norms_computes_the_same(form):
     params = form(base())
     scales = calibrated()
@@ -183,6 +184,7 @@ def test_one_norm_alone_may_be_rewritten():
     assert (new["layers"]["mlp_norm"] != base()["layers"]["mlp_norm"]).any()
 
 
+@pytest.mark.slow
 def test_what_leaves_the_rewritten_norms_has_one_scale():
     scales = calibrated()
     _, before = layer_inputs(CFG, base(), TOKENS)

@@ -224,6 +224,7 @@ def test_gradients_reach_what_a_width_has_and_nothing_of_the_others():
 
 
 # ------------------------------------------------------------------------------------------------------------ storage
+@pytest.mark.slow
 def test_what_is_stored_computes_what_was_trained_to_the_bit(tmp_path):
     """Both factors of a weight have 8 significant bits, so the weights are the same numbers; and on one machine the
     rest is the same program."""

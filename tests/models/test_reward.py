@@ -115,6 +115,7 @@ def test_a_token_pair_is_a_softmax_over_two_of_the_language_models_logits():
     np.testing.assert_allclose(jax.nn.sigmoid(step_logits(cfg, tree, hidden)), want, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_surprisals_are_what_loops_over_each_step_say():
     """Packed rows too: a text knows nothing of the one before it, nor of its own first token."""
     cfg = config("surprisal")

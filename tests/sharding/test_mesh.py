@@ -95,6 +95,7 @@ def assert_close(got, want):
     ],
     ids=["fsdp", "tensor-fsdp", "data-fsdp-tensor", "sequence-fsdp-tensor"],
 )
+@pytest.mark.slow
 def test_loss_and_gradients_do_not_depend_on_the_mesh(cfg, rules, weight, tokens):
     params, batch, (loss, grads) = on_mesh(make_mesh(cfg), rules, host_batch())
     for tree in (params, grads):

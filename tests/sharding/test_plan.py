@@ -201,6 +201,7 @@ def test_a_program_for_chips_that_are_not_here_is_accounted_for(libtpu):
 
 
 @pytest.mark.aot
+@pytest.mark.slow
 def test_the_same_program_for_the_same_chips_is_compiled_once(libtpu, tmp_path, monkeypatch):
     """Whatever it is called, and whatever else has changed; another program, or other chips, are another matter."""
 

@@ -215,6 +215,7 @@ def test_of_two_parameters_the_longer_path_is_followed():
     assert got["norm"].spec == P("fsdp")
 
 
+@pytest.mark.slow
 def test_greedy_decoding_with_heads_shared_out_gives_the_same_tokens():
     """Parameters and cache over `tensor`, rows over `fsdp`; the cache stays where it lies."""
     cfg = dataclasses.replace(CFG, qkv_bias=False)

@@ -253,6 +253,7 @@ def test_the_loss_is_that_of_the_oracle(name):
 @pytest.mark.parametrize(
     ("name", "packing", "micro"), [("grpo", True, 1), ("tempo", True, 2), ("gspo", True, 1), ("ppo", False, 2)]
 )
+@pytest.mark.slow
 def test_neither_packing_nor_micro_batches_change_the_loss(name, packing, micro):
     total, _, _, (before, after) = learned(name, packing, micro)
     np.testing.assert_allclose(total, oracle(name, options_of(name), before, after), rtol=2e-4)
@@ -266,6 +267,7 @@ def test_explained_variance_is_told():
     np.testing.assert_allclose(told["explained_variance"], 1 - np.var(g - v) / np.var(g), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_prompts_and_padding_get_no_gradient():
     """Their targets may be any token."""
     placed = lay_out(ANSWERS, [True] * 6, max_length=10, packing=True)
@@ -292,6 +294,7 @@ def test_temperature_is_that_of_the_distribution_sampled_from():
     np.testing.assert_allclose(said.logp[0, 2:6], logps("new")[0], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_under_adapters_the_reference_is_the_model_without_them(key):
     lora = LoraConfig(rank=2)
     what = trainable(Origin(CFG, byte_tokenizer(), None), RlOptions(kl_weight=0.1), lora)

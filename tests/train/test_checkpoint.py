@@ -48,6 +48,7 @@ def read(folder, like=None, cfg=CheckpointConfig()):
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_the_state_and_the_position_come_back(tmp_path):
     assert read(tmp_path / "c") is None
     saved(tmp_path / "c", 3, 9)
@@ -65,6 +66,7 @@ def test_a_save_is_made_once_and_the_old_ones_go(tmp_path):
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_frozen_parameters_are_not_written_but_vouched_for(tmp_path):
     base = {"w": jnp.arange(100_000, dtype=jnp.float32)}
     state = make_state(2, frozen=base)
@@ -85,6 +87,7 @@ def test_frozen_parameters_are_not_written_but_vouched_for(tmp_path):
 
 @pytest.mark.optimizer
 @pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)])
+@pytest.mark.slow
 def test_another_mesh_reads_the_same_bits(tmp_path, sizes):
     saved(tmp_path / "c", 4)  # on one device
     mesh = make_mesh(MeshConfig(**sizes))
@@ -150,6 +153,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, caplog, 
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_what_was_set_aside_before_stays_and_the_step_can_be_saved_again_at_once(tmp_path):
     for _ in range(2):
         saved(tmp_path / "c", 1, 3)

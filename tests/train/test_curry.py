@@ -63,7 +63,7 @@ def losses(folder):
     return [r["loss"] for r in read_records(folder / "metrics.jsonl")]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_stages_are_runs_one_from_the_other_and_a_stop_changes_nothing(base, tmp_path, monkeypatch):
     cfg = settings(base, tmp_path / "whole")
     done, outcome = run_curry(cfg, CurryOptions())

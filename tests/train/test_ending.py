@@ -52,6 +52,7 @@ print("done")
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_a_run_that_hangs_ends_with_its_stacks():
     found = watch_in_a_child("alive(); a_collective_that_nobody_joins()")
     assert found.returncode == 1
@@ -60,6 +61,7 @@ def test_a_run_that_hangs_ends_with_its_stacks():
     assert "jaxaroo train resume somewhere/run" in found.stderr
 
 
+@pytest.mark.slow
 def test_it_counts_from_the_first_thing_done_and_not_while_things_move():
     found = watch_in_a_child("time.sleep(2); [(alive(), time.sleep(0.3)) for _ in range(6)]")
     assert (found.returncode, found.stdout) == (0, "done\n"), found.stderr

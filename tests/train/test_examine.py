@@ -24,6 +24,7 @@ def settings(folder, **changes):
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4, tensor=2), MeshConfig(data=8)])
+@pytest.mark.slow
 def test_a_device_holds_what_is_said(mesh, tmp_path):
     cfg = settings(tmp_path, mesh=mesh, ema=0.9)
     found = examine("sft", cfg, SftOptions())

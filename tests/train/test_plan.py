@@ -25,6 +25,7 @@ def planned(kind, options=None, devices="v5e:2x2", **settings):
 
 @pytest.mark.aot
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_the_state_of_fine_tuning_is_three_copies_shared_out_and_recomputing_costs_products(libtpu):
     plain, again = planned("sft"), planned("sft", remat="full", micro_batches=2)
     assert plain.fits
@@ -45,6 +46,7 @@ def test_the_state_of_fine_tuning_is_three_copies_shared_out_and_recomputing_cos
 
 @pytest.mark.aot
 @pytest.mark.optimizer
+@pytest.mark.proof
 def test_a_reference_lies_beside_the_policy_and_a_master_is_updated_at_every_width(libtpu):
     dpo = planned("preference", PreferenceOptions(objective="dpo"))
     assert dpo.fits
@@ -59,6 +61,7 @@ def test_a_reference_lies_beside_the_policy_and_a_master_is_updated_at_every_wid
 
 @pytest.mark.aot
 @pytest.mark.optimizer
+@pytest.mark.proof
 def test_an_update_from_sampled_answers_is_fine_tuning_and_value_heads_cost_little(libtpu):
     """Of the same rows: the products are those of fine-tuning, the batch holds advantages and what was sampled."""
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), devices_of("v5e:2x2"))

@@ -197,7 +197,7 @@ def test_either_answer_stands_behind_the_id_and_the_accepted_belief():
 
 
 # ---------------------------------------------------------------------------------------------- what losses are made of
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_loss_hands_on_the_divergence_the_ids_and_the_states_of_the_models_it_ran():
     """Oracle: logits of both models, in float64."""
     params = {name: jax.jit(init_params, static_argnums=0)(CFG, jax.random.key(i)) for i, name in enumerate(("a", "b"))}
@@ -299,7 +299,7 @@ def test_a_run_learns_to_prefer_resumes_to_the_bit_and_leaves_a_model(base, tmp_
 
 
 @pytest.mark.optimizer
-@pytest.mark.slow
+@pytest.mark.proof
 def test_what_is_written_down_trains_as_the_model_itself(base, tmp_path, monkeypatch):
     cfg = settings(base, tmp_path / "live")
     start("preference", cfg, PreferenceOptions())
@@ -320,7 +320,7 @@ def test_what_is_written_down_trains_as_the_model_itself(base, tmp_path, monkeyp
 
 
 @pytest.mark.optimizer
-@pytest.mark.slow
+@pytest.mark.proof
 def test_sums_in_columns_are_read(base, tmp_path):
     """Those that a run wrote down, put into the rows: the same training."""
     start("preference", settings(base, tmp_path / "stored"), PreferenceOptions(reference="precomputed"))
@@ -337,6 +337,7 @@ def test_sums_in_columns_are_read(base, tmp_path):
 
 
 @pytest.mark.optimizer
+@pytest.mark.proof
 def test_adapters_are_held_against_the_model_without_them(base, tmp_path):
     cfg = settings(base, tmp_path / "lora", adapters="lora", lora=LoraConfig(rank=4, alpha=8))
     start("preference", cfg, PreferenceOptions())
@@ -347,7 +348,7 @@ def test_adapters_are_held_against_the_model_without_them(base, tmp_path):
 
 
 @pytest.mark.optimizer
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_mixed_reference_follows_the_policy_and_is_saved(base, tmp_path, monkeypatch):
     options = PreferenceOptions(reference="mixed", mix=1.0, mix_every=2)
     cfg = settings(base, tmp_path / "whole")
@@ -362,7 +363,7 @@ def test_a_mixed_reference_follows_the_policy_and_is_saved(base, tmp_path, monke
 
 
 @pytest.mark.optimizer
-@pytest.mark.slow
+@pytest.mark.proof
 def test_bco_carries_its_shift_over_a_stop(base, tmp_path, monkeypatch):
     options = with_settings(PreferenceOptions(objective="bco"), BcoConfig(beta=0.5))
     cfg = settings(base, tmp_path / "whole", data="unpaired.jsonl")
@@ -379,6 +380,7 @@ def test_bco_carries_its_shift_over_a_stop(base, tmp_path, monkeypatch):
     assert records(tmp_path / "left") == found
 
 
+proof = pytest.mark.proof  # each is a run of its own
 KINDS = {
     "kto": ("unpaired.jsonl", KtoConfig(beta=0.5, kl_decay=0.5)),
     "orpo": ("pairs.jsonl", None),
@@ -394,7 +396,10 @@ KINDS = {
 
 
 @pytest.mark.optimizer
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", ["kto", "dft", *(pytest.param(n, marks=proof) for n in KINDS if n not in ("kto", "dft"))]
+)
+@pytest.mark.slow
 def test_objectives_of_every_layout_train(base, tmp_path, name):
     data, given = KINDS[name]
     options = PreferenceOptions(objective=name.split(",")[0])
@@ -417,7 +422,7 @@ def test_objectives_of_every_layout_train(base, tmp_path, name):
 
 
 @pytest.mark.optimizer
-@pytest.mark.slow
+@pytest.mark.proof
 def test_d2o_takes_as_many_samples_as_it_is_told(base, tmp_path):
     options = with_settings(PreferenceOptions(objective="d2o"), D2oConfig(samples=3, beta=0.5, alpha=0.5))
     cfg = settings(base, tmp_path / "run", data="dispreferred.jsonl", batch=BatchConfig(size=8, max_length=96))
@@ -432,6 +437,7 @@ def test_d2o_takes_as_many_samples_as_it_is_told(base, tmp_path):
 
 @pytest.mark.optimizer
 @pytest.mark.parametrize("name", ["dpo", pytest.param("simpo", marks=pytest.mark.proof)])
+@pytest.mark.proof
 @pytest.mark.slow
 def test_neither_micro_batches_nor_devices_nor_packing_change_the_training(base, tmp_path, name):
     from jaxaroo.sharding.mesh import MeshConfig
@@ -462,7 +468,11 @@ UNLEARN = [
 
 
 @pytest.mark.optimizer
-@pytest.mark.parametrize("given", UNLEARN, ids=lambda c: f"{c.forget}, {c.retain}")
+@pytest.mark.parametrize(
+    "given",
+    [UNLEARN[0], *(pytest.param(c, marks=proof) for c in UNLEARN[1:])],
+    ids=lambda c: f"{c.forget}, {c.retain}",
+)
 @pytest.mark.slow
 def test_answers_are_forgotten_and_others_are_not(base, tmp_path, given):
     who = lambda i: {"name": f"Ann{i}", "question": f"q{i}?", "answer": "zz" if i < 8 else "aa", "refusal": "no"}

@@ -102,7 +102,7 @@ def test_orpo_asks_for_the_prompts_too():
         np.testing.assert_allclose(total(terms, number)["nll"], -np.concatenate(each).mean(), rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_ktos_mismatched_answers_stay_still_and_its_gradient_is_the_same(monkeypatch):
     rows = [{"prompt": f"say {i}", "completion": "ab" * (1 + i), "label": bool(i % 2)} for i in range(4)]
     options = PreferenceOptions(objective="kto")

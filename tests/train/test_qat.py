@@ -128,6 +128,7 @@ def test_a_run_that_was_left_ends_in_the_same_bytes(base, run, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [8, 6, 4, 2, (8, 2), (2, 6)], ids=str)
+@pytest.mark.slow
 def test_what_was_trained_at_a_width_is_what_is_served_at_it(run, bits):
     out, seen = run
     model = hf.load(out / "model", bits=bits)
@@ -141,6 +142,7 @@ def test_what_was_trained_at_a_width_is_what_is_served_at_it(run, bits):
         assert isinstance(layer["attn"]["k"], jax.Array)
 
 
+@pytest.mark.slow
 def test_the_engine_generates_with_it(run):
     out, seen = run
     said = []
@@ -160,7 +162,7 @@ def test_for_training_the_floats_of_the_master_come_back(run):
 
 
 @pytest.mark.optimizer
-@pytest.mark.slow
+@pytest.mark.proof
 def test_layers_draw_and_a_float_teacher_stays_what_it_was(base, run, tmp_path):
     """Begun with the master of another run, whose floats teach; what is written is the running mean."""
     out, seen = tmp_path / "out", Seen()
@@ -198,6 +200,7 @@ def test_rules_say_which_matrix_has_which_widths():
     assert widths(".*=4,2") == (4, 2)  # what no matrix has is not trained
 
 
+@pytest.mark.slow
 def test_updates_of_a_step(tmp_path):
     names = lambda **given: qat.make_turns(CFG, QatOptions(**given), 10).names
     assert names() == ("8", "6", "4", "2")
@@ -242,6 +245,7 @@ def test_options_that_mean_nothing_are_refused(given, message):
 
 
 @pytest.mark.errors
+@pytest.mark.slow
 def test_a_run_that_cannot_be_leaves_nothing_behind(base, run, tmp_path):
     for options, message, changes in (
         ({"rules": ("embed=4,2",)}, "'embed' matches no matrix", {}),

@@ -149,6 +149,7 @@ def answers(target, speculation, temperatures=(0.0, 1.0)):
 
 @pytest.mark.optimizer
 @pytest.mark.parametrize("name", ["small", pytest.param("adapter", marks=pytest.mark.proof)])
+@pytest.mark.proof
 @pytest.mark.slow
 def test_an_acceptance_head_trains_beside_two_frozen_networks_resumes_and_serves(target, tmp_path, name):
     options = AcceptanceOptions(drafter=str(target / name), blocks=1)
@@ -310,6 +311,7 @@ SEPARATED = dict(separator="<|sep|>", between=" ")
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_a_reward_model_trains_scores_and_goes_on_from_outcomes(target, solutions, tmp_path):
     options = RewardOptions(**SEPARATED, inner=8)
     data = dict(data=str(target / "steps.jsonl"), steps=12)
@@ -370,7 +372,9 @@ FILES = {"judge": "labelled", "value": "labelled", "prm": "steps", "orm": "steps
 
 @pytest.mark.optimizer
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [k if k != "orm" else pytest.param(k, marks=pytest.mark.proof) for k in EVERY])
+@pytest.mark.parametrize(
+    "kind", [k if k in ("sft", "prm") else pytest.param(k, marks=pytest.mark.proof) for k in EVERY]
+)
 def test_a_mesh_of_eight_along_all_axes_gives_what_one_device_gives(target, solutions, tmp_path, monkeypatch, kind):
     """Parts of rows, weights, heads and sequences: losses, gradients, and what an update made of them."""
     pairs = [{"prompt": f"say {i % 5}", "chosen": f" {i % 5}" * 3, "rejected": " 9" * (1 + i % 3)} for i in range(40)]
@@ -393,6 +397,7 @@ def test_a_mesh_of_eight_along_all_axes_gives_what_one_device_gives(target, solu
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_a_token_pair_is_trained_in_the_decoder_itself(target, solutions, tmp_path):
     options = RewardOptions(**SEPARATED, head="token-pair", good="+", bad="-", negative_share=0.75)
     out = tmp_path / "pair"
@@ -406,6 +411,7 @@ def test_a_token_pair_is_trained_in_the_decoder_itself(target, solutions, tmp_pa
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_a_value_model_learns_from_every_token(target, tmp_path):
     out = tmp_path / "value"
     run_ = settings(target, out, data=str(target / "labelled.jsonl"), steps=12)

@@ -48,6 +48,7 @@ def filled(mesh, tmp_path_factory):
     return rows, path
 
 
+@pytest.mark.slow
 def test_sums_are_those_of_each_sequence_alone(filled):
     rows, _ = filled
     for i in range(len(ROWS)):

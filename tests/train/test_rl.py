@@ -98,6 +98,7 @@ def weights(out):
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
+@pytest.mark.slow
 def test_rewarded_answers_become_likelier(model, tmp_path, name):
     """The table never changes; the policy does."""
     rate = OptimizerConfig(learning_rate=1e-2, schedule="constant")
@@ -125,6 +126,7 @@ def test_rewarded_answers_become_likelier(model, tmp_path, name):
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"rl.yaml", "model", "reward.png", "checkpoints"}
 
 
+@pytest.mark.slow
 def test_groups_of_equal_rewards_change_nothing(model, tmp_path):
     flat = lambda problems, answers: [[0.3] * 4] * len(problems)
     run_rl(settings(model, tmp_path / "out"), RlOptions(), online(rewards=[flat]))
@@ -200,7 +202,7 @@ def test_minibatches_are_all_answers_each_once(model, tmp_path, monkeypatch):
     assert told["learning_rate"] == each("learning_rate")[-1] != each("learning_rate")[0]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_mesh_of_eight_along_all_axes_gives_what_one_device_gives(model, tmp_path, monkeypatch):
     mesh = MeshConfig(fsdp=2, tensor=2, sequence=2)
     asked = dict(groups=4, epochs=2, max_length=32)
@@ -244,7 +246,7 @@ def test_nothing_compiles_after_the_first_steps(model, tmp_path):
     assert after[1:] == [after[1]] * 4
 
 
-@pytest.mark.parametrize(("name", "devices"), [("tempo", 8), ("constrained", 1)])
+@pytest.mark.parametrize(("name", "devices"), [("tempo", 8), pytest.param("constrained", 1, marks=pytest.mark.proof)])
 @pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(model, tmp_path, monkeypatch, name, devices):
     monkeypatch.setattr(rl, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:devices]))
@@ -287,6 +289,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(model, tmp_path, monkey
     assert weights(tmp_path / "whole") == before
 
 
+@pytest.mark.slow
 def test_settings_and_problems_have_to_be_those_it_was_begun_with(model, tmp_path):
     out = tmp_path / "out"
     run_rl(settings(model, out, steps=1), RlOptions(), online())

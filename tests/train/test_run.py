@@ -132,7 +132,7 @@ def test_fifty_kills_at_random_moments():
     subprocess.run([sys.executable, "-m", "benchmarks.resume", "--kills", "50"], cwd=root, check=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.proof)])
 @pytest.mark.slow
 def test_told_to_stop_it_saves_and_says_how_to_go_on(undisturbed, tmp_path, number):
     out = tmp_path / "stopped"
@@ -148,7 +148,7 @@ def test_told_to_stop_it_saves_and_says_how_to_go_on(undisturbed, tmp_path, numb
     assert_same_run(out, undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_on_other_devices_the_order_is_the_same_and_the_losses_agree(undisturbed, tmp_path):
     """Begun on one device, gone on with on eight; beside it a whole run on eight."""
     out = tmp_path / "moved"
@@ -183,6 +183,7 @@ def assert_close_run(out, other):
     assert last_meta(out)["data"] == last_meta(other)["data"]
 
 
+@pytest.mark.proof
 def test_two_processes_train_as_one_and_one_goes_on_where_two_were_stopped(tmp_path):
     """A SIGTERM to one process stops both after the same step."""
     both, shards = ("--mesh.data", 2, "--mesh.fsdp", 4), ("--batch.shards", 2)
@@ -228,7 +229,7 @@ def test_two_processes_train_as_one_and_one_goes_on_where_two_were_stopped(tmp_p
     assert_close_run(killed, one)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_four_processes_train_as_one(tmp_path):
     """Of two devices each, along all axes of a mesh, so that every weight has parts in all of them."""
     few = (*OPTIONS, "--batch.shards", 4, "--batch.micro-batches", 2, "--steps", 4)
@@ -306,6 +307,7 @@ def test_what_is_not_finite_ends_the_run_and_leaves_its_checkpoints(tmp_path):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_order(undisturbed, tmp_path):
     assert run.start("sft", settings(tmp_path / "other", seed=1, steps=3)).finished
     order = [r["tokens"] for r in records(tmp_path / "other")]

@@ -103,13 +103,15 @@ def loss_and_gradient_at(p):
 
 
 @pytest.mark.optimizer
-@pytest.mark.parametrize("micro", [2, 4, 8])
+@pytest.mark.parametrize("micro", [2, *(pytest.param(n, marks=pytest.mark.proof) for n in (4, 8))])
+@pytest.mark.slow
 def test_micro_batches_change_nothing(micro):
     assert_same(loss_and_gradient(rows(ONE_A_ROW, micro=micro)), loss_and_gradient(rows(ONE_A_ROW)))
     assert_same(loss_and_gradient(rows(PACKED, micro=micro)), loss_and_gradient(rows(ONE_A_ROW)))
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_padding_and_packing_change_nothing():
     want = loss_and_gradient(rows(ONE_A_ROW))
     assert_same(loss_and_gradient(rows(ONE_A_ROW, length=31)), want)
@@ -119,7 +121,8 @@ def test_padding_and_packing_change_nothing():
 
 @pytest.mark.optimizer
 @pytest.mark.parametrize("micro", [1, 2])
-@pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize("sizes", [pytest.param(dict(fsdp=8), marks=pytest.mark.proof), dict(data=2, fsdp=2, tensor=2)])
+@pytest.mark.slow
 def test_eight_devices_change_nothing(micro, sizes):
     mesh = make_mesh(MeshConfig(**sizes))
     placed = FSDP_TP.shardings(mesh, param_axes(CFG), params())
@@ -296,6 +299,7 @@ def test_frozen_parameters_stay_and_the_mean_follows():
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_it_learns_by_heart():
     tx = optax.adamw(2e-2)
     step, state = make_train_step(sft.make_loss(CFG), tx, count_units), init_state(params(), tx)

@@ -68,6 +68,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_all_widths_learn_to_tell_the_stripes(unbroken):
     first = lines(unbroken / "float" / "metrics.jsonl")
     assert [r["step"] for r in first] == list(range(1, STEPS + 1))
@@ -110,7 +111,7 @@ def test_running_statistics_come_to_those_of_the_images(unbroken, toy):
     assert ((ratio > 0.6) & (ratio < 1.2)).all(), ratio  # crops have borders of zeros, and 0.9^20 of the 1 is left
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_run_stopped_in_each_phase_ends_as_one_that_was_not(unbroken, toy, tmp_path, monkeypatch):
     cfg, append, due = settings(toy, tmp_path / "run"), vision.append_records, [5, 5 + STEPS]
     seen = []
@@ -144,6 +145,7 @@ def test_a_run_stopped_in_each_phase_ends_as_one_that_was_not(unbroken, toy, tmp
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+@pytest.mark.slow
 def test_a_float_teacher_and_network_may_come_from_another_run(unbroken, toy, tmp_path):
     options = dataclasses.replace(OPTIONS, start=unbroken / "float" / "model", kd="fp", epochs=0.2)
     assert run("resnet20", settings(toy, tmp_path / "run"), options) == Outcome(2, True, None)
@@ -160,7 +162,7 @@ GHOST = GhostOptions(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_taught_network_is_folded_at_the_end_and_answers_as_before(unbroken, toy, tmp_path, monkeypatch):
     """The running mean of the weights is what is measured and written, and its statistics with it. Of one row, for
     every convolution has up to five branches to compile."""

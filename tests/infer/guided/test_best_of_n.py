@@ -104,6 +104,7 @@ question = st.builds(Candidates, five(st.booleans()), five(answer), st.fixed_dic
 
 
 @given(question, question)
+@pytest.mark.slow
 def test_curves_are_the_mean_over_all_ordered_draws(one, two):
     found = curves([one, two])
     assert (found.questions, found.n, found.k, found.enumerated) == (2, 5, [1, 2, 4, 5], [True] * 4)

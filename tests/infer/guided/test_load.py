@@ -39,9 +39,14 @@ def answers(guidance):
     ("settings", "by_hand"),
     [
         ({"guide_beta": 9.0, "guide_width": 6}, lambda model: ivo(model, beta=9.0, width=6)),
-        ({"guided_by": "tvd", "guide_threshold": 0.9}, lambda model: tvd(model, threshold=0.9, width=4)),
+        pytest.param(
+            {"guided_by": "tvd", "guide_threshold": 0.9},
+            lambda model: tvd(model, threshold=0.9, width=4),
+            marks=pytest.mark.proof,
+        ),
     ],
 )
+@pytest.mark.slow
 def test_a_guide_from_settings_is_the_one_by_hand(judge, settings, by_hand):
     found = answers(load_guidance(GuideConfig(guide=str(judge), **settings)))
     assert found == answers(by_hand(reward.load(judge)))

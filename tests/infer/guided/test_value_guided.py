@@ -115,8 +115,15 @@ def by_hand(name, setting, separated, row):
 
 
 @pytest.mark.parametrize(
-    ("guide", "setting", "separated"), [(tvd, 1.0, True), (tvd, 0.15, False), (ivo, 6.0, False), (ivo, 3.0, True)]
+    ("guide", "setting", "separated"),
+    [
+        (tvd, 1.0, True),
+        pytest.param(tvd, 0.15, False, marks=pytest.mark.proof),
+        (ivo, 6.0, False),
+        pytest.param(ivo, 3.0, True, marks=pytest.mark.proof),
+    ],
 )
+@pytest.mark.slow
 def test_tokens_are_those_of_a_loop_over_whole_prefixes(guide, setting, separated):
     options = {"threshold" if guide is tvd else "beta": setting}
     got = guided(guide(reward(), width=K, separated=separated, **options), steps=(3, 1, 100))
@@ -139,6 +146,7 @@ def test_settings_are_traced():
     assert value_guided.decode._cache_size() == before
 
 
+@pytest.mark.proof
 def test_an_engine_is_guided_in_slots_that_refill():
     sampling = [Sampling(**{**vars(s), "seed": 40 + i}) for i, s in enumerate(SAMPLINGS)]
     guidance = ivo(reward(), beta=6.0, width=K)

@@ -19,6 +19,7 @@ COUNTS = Counts(jnp.zeros((3, V), bool), jnp.zeros((3, V), jnp.int32))
 LOGITS = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, V)), jnp.float32)
 
 
+@pytest.mark.slow
 def test_shared_noise_draws_what_the_target_draws():
     noise = draft_noise(SAMPLING, POSITION, 2, V, "shared")
     for node in range(2):

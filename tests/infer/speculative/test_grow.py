@@ -107,6 +107,7 @@ def check_reads(reads, wanted):
 
 @pytest.mark.parametrize("coarse", [None, 2.0, 100.0], ids=["", "ties", "all ties"])
 @pytest.mark.parametrize("nodes", [6, 14, 4 + 3 * 16 + 1])
+@pytest.mark.slow
 def test_the_most_probable_nodes_are_kept_and_their_parents_with_them(nodes, coarse):
     first, expand, reads = fake(coarse=coarse)
     tree, _ = grow_dynamic(

@@ -87,6 +87,7 @@ def asked(folders, settings):
         ),
     ],
 )
+@pytest.mark.slow
 def test_a_folder_becomes_its_drafter(folders, name, settings, drafter, rule):
     settings = settings | {"drafter": str(folders / name)}
     found = load_speculation(asked(folders, settings), CFG)

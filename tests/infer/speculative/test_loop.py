@@ -141,6 +141,7 @@ def wrong_rest(params, node):
 
 
 @pytest.mark.parametrize("wrong", [wrong_q, pytest.param(wrong_rest, marks=pytest.mark.proof)])
+@pytest.mark.slow
 def test_a_biased_rule_is_seen(wrong):
     """The negative control: without it, the test above might be too weak to see anything."""
     biased = rejection(1, "independent")._replace(choose_next=wrong)
@@ -176,9 +177,9 @@ proof = pytest.mark.proof  # the rest: each compiles for long
     [
         ("lookup", "int4"),
         pytest.param("lookup", "int8", marks=proof),
-        ("small model", "int8"),
+        pytest.param("small model", "int8", marks=proof),
         pytest.param("small model", "int4", marks=proof),
-        ("tree", "int4"),
+        pytest.param("tree", "int4", marks=proof),
         pytest.param("tree", "int8", marks=proof),
     ],
 )

@@ -206,6 +206,7 @@ def make_prefix(rng):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.slow
 def test_logits_at_a_node_are_those_of_its_text(name, seed):
     model, rng = make_model(name), np.random.default_rng(seed)
     prefix, tree = make_prefix(rng), make_tree(rng, reach=0.3 * seed + 0.2)
@@ -216,6 +217,7 @@ def test_logits_at_a_node_are_those_of_its_text(name, seed):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.slow
 def test_a_chain_needs_no_mask(name):
     model, rng = make_model(name), np.random.default_rng(7)
     prefix, tokens = make_prefix(rng), rng.integers(0, 16, (B, LEVELS + 1)).astype(np.int32)

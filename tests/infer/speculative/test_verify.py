@@ -391,6 +391,7 @@ def choose_next(verifier, node, params=None):
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.slow
 def test_draws_follow_the_law(rule):
     node, group, tokens, kids, laws = make_nodes(rule)
     choice = jax.device_get(choose_next(RULE[rule], node))
@@ -461,6 +462,7 @@ def test_draws_do_not_use_the_noise_of_plain_decoding():
     assert abs(agree - (p**2).sum()) < 4 * (0.25 / sampled.sum()) ** 0.5
 
 
+@pytest.mark.slow
 def test_a_coin_of_zero_takes_no_child_that_the_target_refuses(monkeypatch):
     monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.zeros(shape))
     node, group, tokens, kids, laws = make_nodes("without_replacement")

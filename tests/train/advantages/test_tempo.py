@@ -97,6 +97,7 @@ def test_every_column_sums_to_zero_while_all_are_active():
     np.testing.assert_allclose(np.asarray(got, np.float64).sum(1), 0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_equal_rewards_give_exactly_nothing_and_no_gradient_passes():
     tokens, mask, _, _ = groups()
     got, _ = advantages(jnp.asarray(tokens), jnp.asarray(mask), jnp.full((G, K), 0.1))

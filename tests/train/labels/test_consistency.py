@@ -113,6 +113,7 @@ def test_a_judge_agrees_by_labels_or_by_the_first_wrong_step():
     assert consensus([row([1, 0], other=1)], "other")[1].kept == 1
 
 
+@pytest.mark.slow
 def test_a_completer_agrees_with_itself(tmp_path):
     """With the same draws always; with fresh draws the more often, the more there are."""
     rng = np.random.default_rng(3)

@@ -54,6 +54,7 @@ def value(place):
 JOB = [problem("a", [2, 1, 2, 3]), problem("b", [1, 0]), problem("c", [3, 4, 5]), problem("d", [4, 3, 2, 1, 0])]
 
 
+@pytest.mark.slow
 def test_soft_labels_are_unbiased_and_their_variance_falls_as_one_over_n(tmp_path):
     number = 1500
     spread = {}

@@ -40,6 +40,7 @@ def test_it_is_that_of_loops_whatever_the_tile(tile):
     assert 0 < np.asarray(got.same_mode).mean() < 1
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_whole_logits_and_the_head_has_none():
     wanted, drafted, head, c = states(B, T, D), states(B, T, D, seed=1), states(V, D, seed=2) / 3, states(B, T, seed=3)
 
@@ -69,6 +70,7 @@ def size_of(shape):
 
 
 @pytest.mark.parametrize("shape", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 2, "sequence": 2}])
+@pytest.mark.slow
 def test_devices_compare_their_own_tokens_and_fetch_the_head_once(shape):
     """Numbers of one device; tiles are as large as asked for on each; nothing but sums is sent in a loop."""
     rows, length, vocab, tile = 8, 32, 24, 8

@@ -105,6 +105,7 @@ def carry_of(name, cfg):
 
 
 @pytest.mark.parametrize("name", [n for n in OBJECTIVES if n not in ("sparsepo", "gdpo-belief")])  # files of their own
+@pytest.mark.slow
 def test_packing_changes_nothing_and_prompts_and_padding_do_not_count(name):
     cfg = OBJECTIVES[name].config
     parts, carry = OBJECTIVES[name].parts(cfg), carry_of(name, cfg)
@@ -382,6 +383,7 @@ def test_every_loss_of_dpo_has_a_name_or_a_setting():
     assert {*LOSSES} - named == {"ipo_sum", "apo_down", "aot_unpaired"}  # by --losses
 
 
+@pytest.mark.slow
 def test_reference_free_objectives_do_not_look_at_one():
     for name in ("orpo", "simpo", "cpo", "dft"):
         cfg = OBJECTIVES[name].config

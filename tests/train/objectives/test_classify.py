@@ -84,6 +84,7 @@ TEACHERS = [None, DistillConfig(kappa=0.3, temperature=2.0), DistillConfig(teach
 @pytest.mark.optimizer
 @pytest.mark.parametrize("distill", TEACHERS)
 @pytest.mark.parametrize("bits", CFG.bits)
+@pytest.mark.slow
 def test_a_width_learns_labels_and_from_its_teacher(distill, bits):
     _, joint = params()
     z, _ = logits_at(joint, bits)
@@ -102,6 +103,7 @@ def test_a_width_learns_labels_and_from_its_teacher(distill, bits):
 
 @pytest.mark.optimizer
 @pytest.mark.parametrize("distill", TEACHERS[1:])
+@pytest.mark.slow
 def test_no_gradient_passes_through_the_teacher(distill):
     """The inplace one is the student's own weights: what is left has to be the gradient for fixed logits."""
     _, joint = params()

@@ -102,6 +102,7 @@ def fine_tuning(weights):
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.slow
 def test_without_a_teacher_it_is_fine_tuning_of_the_weights_that_will_be_served(plan):
     _, (terms, measured) = terms_of("none", plan)[0]
     want, wanted = fine_tuning(served(plan))
@@ -113,6 +114,7 @@ def test_without_a_teacher_it_is_fine_tuning_of_the_weights_that_will_be_served(
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("teacher", ["inplace", "fp"])
+@pytest.mark.slow
 def test_with_a_teacher_it_is_the_formula(teacher, plan):
     cfg = TEACHING[teacher]
     kappa = 0.0 if teacher == "inplace" and min(plan) == 8 else cfg.kappa
@@ -138,6 +140,7 @@ def test_with_a_teacher_it_is_the_formula(teacher, plan):
 
 @pytest.mark.parametrize("plan", [(8, 8), (2, 2), (8, 2)], ids=str)
 @pytest.mark.parametrize("teacher", ["inplace", "fp"])
+@pytest.mark.slow
 def test_nothing_is_learned_through_the_teacher(teacher, plan):
     """The gradient is that of a loss whose teacher is a table of numbers."""
     cfg = TEACHING[teacher]
@@ -199,6 +202,7 @@ def test_one_program_serves_every_width_and_every_plan():
     assert np.mean(losses[-1]) < np.mean(losses[0])
 
 
+@pytest.mark.slow
 def test_layout_and_saving_of_memory_reach_the_decoder():
     """They change no number, so the program is looked at."""
 

@@ -187,6 +187,7 @@ def test_no_gradient_reaches_the_target_and_all_of_the_drafter_has_one():
     assert all(np.asarray(g).any() for g in jax.tree.leaves(grads["drafter"]))
 
 
+@pytest.mark.slow
 def test_noise_is_on_the_drafters_input_alone_and_by_the_length_of_the_example():
     see = jax.jit(lambda key, noise: see_target(TARGET, weights()["target"], BATCH, noise, key), static_argnums=1)
     still, one, again, other = (see(jax.random.key(k), n) for k, n in ((0, 0.0), (0, 0.2), (0, 0.2), (1, 0.2)))
@@ -203,6 +204,7 @@ def test_noise_is_on_the_drafters_input_alone_and_by_the_length_of_the_example()
     assert abs(float(quiet["regression"]) - float(loud["regression"])) > 0.1  # the drafter heard it
 
 
+@pytest.mark.slow
 def test_no_logits_of_all_tokens_are_held_and_settings_reach_the_program():
     """What changes no number is looked for in the program."""
     tiled = dataclasses.replace(QUIET, tile=4)
@@ -242,6 +244,7 @@ def test_rows_on_two_devices_give_the_same():
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_it_learns():
     """The loss falls below half, and most guesses agree in the end; the target stays as it was."""
     tx = optax.adam(3e-3)

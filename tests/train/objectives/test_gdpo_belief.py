@@ -73,6 +73,7 @@ SEGMENT = np.array([[1] * 6 + [2] * 6 + [0]])
 RNG = np.random.default_rng(3)
 
 
+@pytest.mark.slow
 def test_terms_are_those_of_a_loop():
     mask, ones = np.isin(KIND, ["i", "b", "a"]), lambda k: jnp.asarray(k == KIND, jnp.float32)
     held = np.zeros(MOST)

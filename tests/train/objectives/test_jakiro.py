@@ -184,6 +184,7 @@ def value_and_grad(kind):
 
 
 @pytest.mark.parametrize("kind", CFGS)
+@pytest.mark.slow
 def test_packed_rows_equal_examples_alone(kind):
     """Of each row the examples, each at the head of a row of its own: same terms, and same gradients."""
     both = [slice(0, 5), slice(5, 7)]
@@ -226,6 +227,7 @@ def test_the_loss_is_that_of_the_networks_guesses():
             assert float(got[name]) == pytest.approx(float(value), rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_the_second_guess_can_be_left_out_and_the_drafter_hears_noise():
     def terms(loss_cfg):
         return jakiro(*as_f32(MAIN, CONTRAST, FEATURES, HEAD), BATCH, loss_cfg)
@@ -241,6 +243,7 @@ def test_the_second_guess_can_be_left_out_and_the_drafter_hears_noise():
 
 @pytest.mark.optimizer
 @pytest.mark.parametrize("kind", CFGS)
+@pytest.mark.slow
 def test_it_learns(kind):
     tx = optax.adam(3e-3)
     state = init_state(weights(kind)["drafter"], tx, frozen={"target": weights(kind)["target"]})

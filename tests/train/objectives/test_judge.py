@@ -73,6 +73,7 @@ def probability_of(head, state):
     return 1 / (1 + np.exp(-z))
 
 
+@pytest.mark.slow
 def test_the_whole_loss_is_that_of_the_float64_loop_on_the_state_that_has_read_the_token():
     data = batch()
     got = terms_of(params(), data)
@@ -167,12 +168,13 @@ def test_it_learns_to_tell_good_tokens_from_bad_ones():
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_bad_tokens_that_count_more_are_refused_more_often():
     recall = [np.mean([m["recall_of_bad"] for m in learned(c)[1][-40:]]) for c in (0.1, 1.0, 10.0)]
     assert recall[0] < recall[1] < recall[2]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_draft_passes_when_served_exactly_above_what_training_found():
     """One draft that the target refuses: a threshold below the trained probability lets it pass, one above does not."""
     target, small = params()["target"], init_params(TARGET, jax.random.key(8))

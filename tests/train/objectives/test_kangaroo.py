@@ -86,6 +86,7 @@ def test_terms_are_weighted_per_token_and_metrics_counted_per_token():
     np.testing.assert_array_equal(metrics["agreement"].weight, MASK)
 
 
+@pytest.mark.slow
 def test_the_whole_loss_is_exit_state_adapter_head_against_the_target_at_the_same_position():
     data = batch()
     got = terms_of(params(), data)
@@ -115,6 +116,7 @@ def at(tree, path):
     return functools.reduce(lambda node, name: node[name], filter(None, path.split("/")), tree)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_finite_differences():
     data, drafter = batch(), params()["drafter"]
     grad = jax.jit(jax.grad(loss_of))(drafter, data)
@@ -130,6 +132,7 @@ def test_the_gradient_is_that_of_finite_differences():
         assert slope == pytest.approx(float(np.abs(at(grad, path)).sum()), rel=2e-2), path
 
 
+@pytest.mark.slow
 def test_no_gradient_reaches_the_target():
     def total(params):
         value, weight = terms_of(params, batch())["soft_nll"]
@@ -156,6 +159,7 @@ def test_an_adapter_that_gives_the_targets_states_pays_the_entropy_alone():
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_it_learns():
     """Loss falls and drafts are accepted more often; with data that says nothing, only the target teaches."""
     tx = optax.adam(1e-2)

@@ -64,6 +64,7 @@ def test_printed_values():
     assert got == pytest.approx([0.05, 0.022083, 0.021150], abs=6e-7)
 
 
+@pytest.mark.slow
 def test_k3_is_exact_and_never_negative_from_tiny_to_large():
     size = np.concatenate([10.0 ** np.arange(-12, 1), np.linspace(0, 9.99, 1000)])
     d = np.concatenate([size, -size]).astype(np.float32)
@@ -77,6 +78,7 @@ def test_k3_is_exact_and_never_negative_from_tiny_to_large():
     np.testing.assert_allclose(slope, -np.expm1(-x), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_differences_and_ratios_beyond_all_measure_are_cut():
     far = f32([-80.0, -10.5, 10.5, 80.0])
     zero = jnp.zeros(4)

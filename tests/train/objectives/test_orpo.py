@@ -45,6 +45,7 @@ def test_values_and_gradients_are_those_of_the_closed_form():
     np.testing.assert_allclose(g_l, 0.3 * s / (1 - np.exp(a_l)), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_log1mexp_is_exact_on_both_sides_and_its_gradient_finite_everywhere():
     a = -np.concatenate([np.logspace(-6, 1.9, 80), [math.log(2), 0.6931, 0.6932]])
     got = log1mexp(jnp.asarray(a, jnp.float32))

@@ -234,6 +234,7 @@ def loss_and_gradient(cfg, micro):
 
 @pytest.mark.optimizer
 @pytest.mark.parametrize("aggregation", ["grpo", "dr_grpo", "dapo", "bnpo"])
+@pytest.mark.slow
 def test_one_window_in_one_or_four_micro_batches(aggregation):
     """Through the train step; bnpo too is what its loop says, but another number in another cut."""
     cfg = PolicyGradientConfig(aggregation=aggregation, max_length=9, kl_weight=0.2)

@@ -72,11 +72,13 @@ def by_loops(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_float64_loop_over_separators(name):
     np.testing.assert_allclose(float(loss_of(name)(params(name), batch())), by_loops(name), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.slow
 def test_gradients_reach_head_and_decoder(name):
     """Central differences along a random direction of every parameter, one tree at a time."""
     grads = jax.grad(loss_of(name))(params(name), batch())
@@ -101,6 +103,7 @@ def test_gradients_reach_head_and_decoder(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.slow
 def test_what_is_trained_is_what_scores(name):
     """The log-odds at separators of packed rows are those that `infer` makes of each solution alone."""
     z = np.asarray(token_logits(CONFIGS[name], params(name), batch()))

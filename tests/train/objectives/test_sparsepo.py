@@ -118,6 +118,7 @@ def scores(logp, states=()):
     return Scores(logp, -logp, jnp.zeros((B, T, D)), states=states)
 
 
+@pytest.mark.slow
 def test_terms_are_those_of_a_loop_and_nothing_reaches_the_reference():
     logp, reference, kl = (jnp.asarray(RNG.normal(-1, 0.5, (B, T)), jnp.float32) for _ in range(3))
     cfg = SparsepoConfig(beta=0.5, l1_u=0.03, l1_d=0.02, networks="independent")

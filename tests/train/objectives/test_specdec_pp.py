@@ -181,6 +181,7 @@ def test_draws_have_the_law_of_q_and_their_labels_the_mean_of_the_overlap():
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.slow
 def test_drafts_are_those_of_the_float64_loop_with_the_same_uniforms(name):
     got = drafts_of(name, params(name), batch(), U, COIN)
     mixed, drawn, label, _ = by_hand(name, U, COIN)
@@ -196,6 +197,7 @@ def test_drafts_are_those_of_the_float64_loop_with_the_same_uniforms(name):
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.slow
 def test_the_whole_loss_is_that_of_the_float64_loop(name):
     key = jax.random.key(11)
     u, coin = (np.asarray(jax.random.uniform(k, (B, T))) for k in jax.random.split(key))
@@ -278,6 +280,7 @@ def propose(drafter, weights, state, rows):
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.slow
 def test_drafts_end_when_served_where_the_probabilities_of_training_say(name):
     """The product of what the objective's own forward pass and head find decides how many drafts each row has."""
     drafter, found = SERVED[name], set()
@@ -380,6 +383,7 @@ def run_served(drafter, head, threshold):
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_it_learns_which_drafts_will_be_refused():
     _, _, losses, (drafts, p) = learned()
     assert losses[-20:].mean() < 0.7 * losses[:5].mean()
@@ -395,7 +399,7 @@ def test_it_learns_which_drafts_will_be_refused():
 
 
 @pytest.mark.optimizer
-@pytest.mark.slow
+@pytest.mark.proof
 def test_served_it_ends_drafts_better_than_by_their_length():
     """Of as many drafts a step, more are accepted than in chains of a fixed length."""
     _, head, *_ = learned()

@@ -88,6 +88,7 @@ def test_the_variance_of_an_estimate_falls_with_its_samples():
             np.testing.assert_allclose(got, exact(FULL, name)[1] / samples, rtol=0.35)
 
 
+@pytest.mark.slow
 def test_sampling_ends_where_the_mean_hardly_moves():
     run = jax.jit(
         lambda p, key, tol, least: hessian_trace(quadratic(FULL), p, key, samples=500, tolerance=tol, least=least),
@@ -155,6 +156,7 @@ def test_bfloat16_parameters_are_differentiated_in_float32():
         np.testing.assert_allclose(found.trace[PATH[name]], exact(H, name)[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_network_agrees_with_the_hessian_that_is_formed():
     """Tanh layers in a scan, with an input and an output matrix."""
     rng = np.random.default_rng(5)
@@ -175,6 +177,7 @@ def test_a_network_agrees_with_the_hessian_that_is_formed():
     assert float(found.trace["embed"]) == pytest.approx(np.trace(H["embed"]["embed"]), rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_objective_of_a_decoder_has_a_trace():
     """Its log-probabilities have a backward pass of their own, which has to be differentiated forward."""
     cfg = DecoderConfig(vocab_size=7, embed_dim=4, ffn_dim=4, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=2)

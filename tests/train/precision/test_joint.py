@@ -119,6 +119,7 @@ def by_hand(weights, scales, mode, turns):
 
 @pytest.mark.optimizer
 @pytest.mark.parametrize("mode", ["relative", "printed", "eta_only", "off"])
+@pytest.mark.slow
 def test_every_width_of_every_layer_has_an_adam_of_its_own_and_the_weights_have_one(mode):
     turns, traces = len(WIDTHS), []
     tx = joint_optimizer(CFG, ScaleConfig(learning_rate=RATE, alrs=mode), STEPS, turns, RULES)

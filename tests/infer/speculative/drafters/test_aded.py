@@ -243,6 +243,7 @@ def test_an_empty_corpus_gives_a_table_that_serves_nothing(texts):
 
 
 @given(seeds)
+@pytest.mark.slow
 def test_learning_at_once_is_learning_one_after_another(rng):
     """Counts, keys, what is evicted and the place where it stands, over two calls; rows and gaps of their own."""
     table, buckets = new_table(B, BUCKETS, SUCCESSORS), [None] * B
@@ -257,6 +258,7 @@ def test_learning_at_once_is_learning_one_after_another(rng):
 
 
 @given(seeds)
+@pytest.mark.slow
 def test_the_prompt_is_read_to_its_end_and_no_further(rng):
     texts = [random_text(rng, n) for n in rng.integers(1, S + 1, B)]
     state = init_now((), build_table([]), context_of(texts), (), 16)
@@ -266,6 +268,7 @@ def test_the_prompt_is_read_to_its_end_and_no_further(rng):
 
 
 @given(seeds)
+@pytest.mark.slow
 def test_commits_learn_what_a_fresh_reading_learns(rng):
     """Steps of 0 to depth + 1 tokens, down from a prompt of one."""
     texts = [random_text(rng, S) for _ in range(B)]
@@ -304,6 +307,7 @@ def test_rates_are_running_averages_of_the_depths_that_were_judged(rng):
 
 # -------------------------------------------------------------------------------------------------------------- search
 @given(seeds)
+@pytest.mark.slow
 def test_the_search_visits_what_a_float64_loop_visits(rng):
     corpus, context, state = situation(rng)
     text, filled = np.asarray(context.tokens), np.asarray(context.filled)
@@ -323,6 +327,7 @@ def test_the_search_visits_what_a_float64_loop_visits(rng):
 
 
 @given(seeds)
+@pytest.mark.slow
 def test_the_tree_is_the_most_visited_nodes(rng):
     corpus, context, state = situation(rng)
     text, filled = np.asarray(context.tokens), np.asarray(context.filled)
@@ -391,6 +396,7 @@ def test_a_tree_is_one(rng):
 
 
 @given(seeds)
+@pytest.mark.slow
 def test_what_a_row_drafts_does_not_depend_on_its_neighbours(rng):
     corpus, context, state = situation(rng)
     other, context_2, state_2 = situation(rng)
@@ -405,6 +411,7 @@ def test_what_a_row_drafts_does_not_depend_on_its_neighbours(rng):
         np.testing.assert_array_equal(a[0], b[0])
 
 
+@pytest.mark.slow
 def test_a_text_that_repeats_itself_is_continued():
     """By its own table, by a corpus that knows it, and by neither; a text of one token has no pair."""
     period = [0, 1, 2, 5]  # whose pairs have buckets of their own
@@ -428,6 +435,7 @@ def corpus_for(name):
 
 
 @pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.proof) for n in ("qwen3", "window"))])
+@pytest.mark.slow
 def test_output_is_that_of_plain_decoding(bench, name):
     """Greedy and sampled rows; and the state that remains is that of reading the whole text."""
     ran = bench.check_identity(DRAFTER, verify.coupled(), corpus_for(name), name=name)
@@ -450,6 +458,7 @@ def test_a_corpus_that_holds_the_answers_takes_fewer_steps(bench):
     assert written > 2 * ran.tally.emitted.sum()
 
 
+@pytest.mark.slow
 def test_a_smaller_drafter_goes_on_from_the_state_of_a_larger_one(bench):
     smaller = make_drafter(nodes=4, depth=2, most=MOST, simulations=SIMULATIONS, buckets=BUCKETS, successors=SUCCESSORS)
     tokens, asked = bench.pack()

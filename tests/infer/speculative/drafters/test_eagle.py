@@ -27,11 +27,12 @@ def drafter_of(target):
     ("name", "draw"),
     [
         ("llama", "shared"),
-        ("window", "shared"),
+        pytest.param("window", "shared", marks=pytest.mark.proof),
         pytest.param("llama", "mode", marks=pytest.mark.proof),
         pytest.param("qwen3", "shared", marks=pytest.mark.proof),
     ],
 )
+@pytest.mark.slow
 def test_output_is_that_of_plain_decoding_from_a_growing_tree(bench, name, draw):
     cfg, params = drafter_of(bench.targets[name])
     ran = bench.check_identity(make_drafter(cfg, draw=draw, **TREE), verify.coupled(), params, name=name)
@@ -50,6 +51,7 @@ def test_one_row_alone(bench):
     bench.check_identity(make_drafter(cfg, draw="shared", **TREE), verify.coupled(), params, only=1)
 
 
+@pytest.mark.slow
 def test_draws_without_replacement_are_judged_by_what_they_were_drawn_from(bench):
     cfg, params = drafter_of(bench.targets["llama"])
     drafter = make_drafter(cfg, tree="static", draw="without_replacement")
@@ -86,6 +88,7 @@ def test_the_state_is_what_a_fresh_reading_of_the_text_gives(bench, steps):
         np.testing.assert_allclose(mine.v[row, :pairs], theirs.v[row, :pairs], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_every_node_hangs_where_an_uncached_reading_of_its_path_puts_it(bench):
     """Children are the likeliest tokens behind the pairs of the text and of the path, one behind the other."""
     target = bench.targets["llama"]

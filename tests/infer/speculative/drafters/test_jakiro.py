@@ -25,8 +25,13 @@ def drafter_of(target, kind):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("llama", "contrastive"), ("llama", "mixture"), pytest.param("window", "contrastive", marks=pytest.mark.proof)],
+    [
+        ("llama", "contrastive"),
+        pytest.param("llama", "mixture", marks=pytest.mark.proof),
+        pytest.param("window", "contrastive", marks=pytest.mark.proof),
+    ],
 )
+@pytest.mark.slow
 def test_output_is_that_of_plain_decoding(bench, name, kind):
     cfg, params = drafter_of(bench.targets[name], kind)
     ran = bench.check_identity(make_drafter(cfg, draw="shared", **TREE), verify.coupled(), params, name=name)

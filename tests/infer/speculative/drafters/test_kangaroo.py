@@ -150,6 +150,7 @@ CASES = [("mode", None), ("mode", 0.2), ("shared", None), ("shared", 0.5), ("tre
 
 @pytest.mark.parametrize("samplings", [GREEDY, SAMPLED, MIXED], ids=["greedy", "sampled", "mixed"])
 @pytest.mark.parametrize(("kind", "threshold"), CASES)
+@pytest.mark.slow
 def test_output_is_that_of_plain_decoding(kind, threshold, samplings):
     tokens, rows = pack(samplings)
     for distance in ("same", "near", "far"):
@@ -213,6 +214,7 @@ def check_caches(w, state):
             np.testing.assert_allclose(state.drafter.exit[row], exits[row, n - 1], rtol=0, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_caches_are_those_of_the_text_whatever_was_accepted():
     """Every number of drafts accepted, of a full chain and of chains that stopped early; after every step."""
     seen, want = set(), {(n, a) for n in range(1, DRAFTS + 1) for a in range(n + 1)}
@@ -315,6 +317,7 @@ def warp_by_hand(z, s, seen, count):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.slow
 def test_q_is_what_training_saw_at_those_positions_warped(steps):
     """The cached chain against one uncached pass over the text, and every processor by hand."""
     tree, _, z, state, _ = drafted("independent", bundle("independent", "far"), MIXED, steps)
@@ -345,6 +348,7 @@ def test_confidence_ends_a_chain_behind_the_first_unsure_token():
     assert found == set(range(1, DRAFTS + 1))
 
 
+@pytest.mark.slow
 def test_the_acceptance_head_sees_the_state_that_each_draft_came_from():
     _, y, *_ = drafted("shared", bundle("shared", "far"), SAMPLED, 0)
     found = set()
@@ -411,6 +415,7 @@ def paths_of(tree, row):
 
 
 @pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.slow
 def test_a_tree_holds_the_best_guesses_and_stops_behind_an_unsure_level(steps):
     depths = set()
     for eta in (-1.0, 0.03, 0.1, 0.9):
@@ -441,6 +446,7 @@ def test_an_adapter_that_knows_the_target_has_all_drafts_accepted(kind, sampling
     np.testing.assert_array_equal(got.tally.drafted, DRAFTS * want.sum(1))
 
 
+@pytest.mark.slow
 def test_a_tree_under_the_targets_noise_holds_what_the_target_will_draw():
     """Its first level always, and every level where it goes deeper; a wrong position would be another noise."""
     tokens, rows = pack([Sampling(temperature=1.0, max_tokens=n) for n in (30, 12, 35)])

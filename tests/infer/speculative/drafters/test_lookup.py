@@ -33,10 +33,12 @@ def test_copies_what_a_loop_over_the_text_finds(texts):
 
 
 @pytest.mark.parametrize("name", ["llama", "window"])
+@pytest.mark.slow
 def test_output_is_that_of_plain_decoding(bench, name):
     bench.check_identity(make_drafter(6), verify.coupled(), name=name)
 
 
+@pytest.mark.slow
 def test_one_row_alone(bench):
     bench.check_identity(make_drafter(6), verify.coupled(), only=2)
 

@@ -41,6 +41,7 @@ def stopping(cfg, draw):
         pytest.param("window", "shared", marks=pytest.mark.proof),
     ],
 )
+@pytest.mark.slow
 def test_output_is_that_of_plain_decoding(bench, shaken, name, draw):
     drafter = make_drafter(bench.targets[name], 4, draw)
     ran = bench.check_identity(drafter, verify.coupled(), alone(shaken(name)), name=name)
@@ -50,6 +51,7 @@ def test_output_is_that_of_plain_decoding(bench, shaken, name, draw):
 @pytest.mark.parametrize(
     ("name", "draw"), [("llama", "shared"), pytest.param("window", "mode", marks=pytest.mark.proof)]
 )
+@pytest.mark.slow
 def test_a_chain_that_ends_early_changes_nothing_but_the_number_of_drafts(bench, shaken, name, draw):
     """Greedy and sampled rows; no threshold at all is no rule at all."""
     cfg = bench.targets[name]
@@ -65,6 +67,7 @@ def test_a_chain_that_ends_early_changes_nothing_but_the_number_of_drafts(bench,
     assert (steps >= all_.emitted.sum(1)[:3]).all()
 
 
+@pytest.mark.slow
 def test_a_row_ends_its_drafts_as_if_alone(bench, shaken):
     cfg = bench.targets["llama"]
     given = {"model": shaken(), "stop": head(cfg)}
