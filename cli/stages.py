@@ -48,13 +48,14 @@ class Sizes:
     pairs: int = 60  # updates of DPO
     margin: float = 0.5  # by which the worth of the answers of a pair differs
     qat: int = 120
+    widths: str = "8,6,4,2"
     drafter: int = 300
     threshold: float = 0.0  # above which an answer's reward makes it worth learning
 
 
 SMOKE = Sizes(  # eight answers at once wherever some are written, so that all commands share their programs
-    policy=100,
-    strong=100,
+    policy=30,
+    strong=30,
     problems=4,
     samples=2,
     completions=1,
@@ -69,6 +70,7 @@ SMOKE = Sizes(  # eight answers at once wherever some are written, so that all c
     pairs=2,
     margin=0.0,
     qat=2,
+    widths="8,2",
     drafter=2,
     threshold=-1.0,  # a policy of so few updates is right by luck alone
 )
@@ -194,7 +196,7 @@ def stages(out: Path, n: Sizes) -> tuple[Stage, ...]:
             "One checkpoint, four widths",
             (
                 (
-                    *("train", "qat", "--model", strong, *task, *rows, "--bits", "8,6,4,2"),
+                    *("train", "qat", "--model", strong, *task, *rows, "--bits", n.widths),
                     *(*updates(n.qat, "5e-4"), "--out", at("qat")),
                 ),
                 (
