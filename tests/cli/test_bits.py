@@ -63,7 +63,7 @@ def test_eval_bits_says_what_is_wrong(run, masters, speaking, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_master_is_served_at_every_width_and_drafts_for_itself(run, masters):
     model = masters / "all" / "model"
     base = ("generate", "--model", model, "--prompt", "3 + 1", "--max-new-tokens", 12, "--temperature", 0, "--json")

@@ -120,7 +120,7 @@ def test_a_known_answer_may_be_words(run, policy, tmp_path):
 
 
 @pytest.mark.optimizer
-@pytest.mark.slow
+@pytest.mark.proof
 def test_feedback_in_words_comes_first_and_labels_second(run, policy, tmp_path):
     assert sample(run, policy, tmp_path / "s.jsonl", "--limit", 8)[0] == 0
     rows = [row for row in rows_of(tmp_path / "s.jsonl") if row["steps"]]

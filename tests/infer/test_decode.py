@@ -264,7 +264,7 @@ def test_a_trained_model_writes_the_same_at_8_and_4_bits(dtype):
     assert lines(state) == [(p * 9)[: PERIOD + i + 18] for i, p in enumerate(patterns)]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_step_takes_as_much_less_memory_as_the_cache():
     cfg = DecoderConfig(
         vocab_size=16, embed_dim=8, ffn_dim=8, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=128, max_positions=64

@@ -384,7 +384,7 @@ def test_a_view_has_the_bytes_of_the_table(bits):
         assert got == want
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_integer_activations_are_near():
     """A token's largest of 32 to 64 numbers is about 3 times their root mean square, so a step is 3 / 127 of it and its
     noise 3 / 127 / sqrt(12) = 0.7 %, seven times in each of three layers: in all 0.7 % sqrt(21) = 3 % or less, as the

@@ -218,7 +218,7 @@ def test_a_head_knows_its_drafter_again(target, tmp_path, monkeypatch):
 
 
 @pytest.mark.optimizer
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_judge_trains_on_labels_and_what_it_passes_is_called_lossy(target, tmp_path):
     data, out = str(target / "labelled.jsonl"), tmp_path / "out"
     cfg = settings(target, out, data=data, steps=30, optimizer=OptimizerConfig(learning_rate=3e-2, warmup_steps=0))
@@ -372,9 +372,7 @@ FILES = {"judge": "labelled", "value": "labelled", "prm": "steps", "orm": "steps
 
 @pytest.mark.optimizer
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", [k if k in ("sft", "prm") else pytest.param(k, marks=pytest.mark.proof) for k in EVERY]
-)
+@pytest.mark.parametrize("kind", [k if k == "sft" else pytest.param(k, marks=pytest.mark.proof) for k in EVERY])
 def test_a_mesh_of_eight_along_all_axes_gives_what_one_device_gives(target, solutions, tmp_path, monkeypatch, kind):
     """Parts of rows, weights, heads and sequences: losses, gradients, and what an update made of them."""
     pairs = [{"prompt": f"say {i % 5}", "chosen": f" {i % 5}" * 3, "rejected": " 9" * (1 + i % 3)} for i in range(40)]

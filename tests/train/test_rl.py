@@ -351,7 +351,7 @@ def test_losses_that_are_not_finite_end_the_run(model, tmp_path):
         run_rl(settings(broken, tmp_path / "out", steps=5, max_skipped=3), RlOptions(), online())
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_adapters_learn_beside_value_heads(model, tmp_path):
     cfg = settings(model, tmp_path / "out", steps=3, adapters="lora", minibatches=2, packing=False)
     run_rl(cfg, RlOptions(algorithm="ppo", kl_weight=0.1), online())

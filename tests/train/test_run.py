@@ -258,7 +258,7 @@ def jsonl(path, rows):
     return str(path)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_adapters_to_a_model_on_disk_and_rows_of_a_file(undisturbed, tmp_path):
     """LoRA on a checkpoint: the base stays as it is, and the export is merged."""
     rows = [{"prompt": f"what is {i} ?", "completion": f"{i} = {i}"} for i in range(40)]
@@ -307,14 +307,14 @@ def test_what_is_not_finite_ends_the_run_and_leaves_its_checkpoints(tmp_path):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_the_seed_decides_the_order(undisturbed, tmp_path):
     assert run.start("sft", settings(tmp_path / "other", seed=1, steps=3)).finished
     order = [r["tokens"] for r in records(tmp_path / "other")]
     assert order != [r["tokens"] for r in records(undisturbed)[:3]]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_run_knows_its_data_again(tmp_path):
     rows = [{"prompt": f"what is {i} ?", "completion": f"{i} = {i}"} for i in range(40)]
     data = jsonl(tmp_path / "rows.jsonl", rows)

@@ -175,7 +175,7 @@ def taught_by_numbers(params, table, bits, kappa, cfg):
 
 
 @pytest.mark.optimizer
-@pytest.mark.slow
+@pytest.mark.proof
 def test_one_program_serves_every_width_and_every_plan():
     count, loss = [], make_loss(CFG, QUANT, 8, TEACHING["inplace"])
 

@@ -177,7 +177,7 @@ def test_a_network_agrees_with_the_hessian_that_is_formed():
     assert float(found.trace["embed"]) == pytest.approx(np.trace(H["embed"]["embed"]), rel=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_the_objective_of_a_decoder_has_a_trace():
     """Its log-probabilities have a backward pass of their own, which has to be differentiated forward."""
     cfg = DecoderConfig(vocab_size=7, embed_dim=4, ffn_dim=4, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=2)
