@@ -53,8 +53,9 @@ def _quickstart(out: Path, only: tuple[str, ...], smoke: bool, call: Callable[[l
         raise UsageError(f"quickstart: {out} was begun {'with' if then else 'without'} --smoke; go on in the same way.")
     settings.write_text(json.dumps({"smoke": smoke}) + "\n", encoding="utf-8")
     sizes = stages.SMOKE if smoke else stages.Sizes()
-    if smoke:  # before any of its commands starts JAX; flags of the user come later, and count
-        os.environ["XLA_FLAGS"] = f"{CHEAP} {os.environ.get('XLA_FLAGS', '')}".strip()
+    flags = os.environ.get("XLA_FLAGS", "")
+    if smoke and "optimization_level" not in flags:  # before any of its commands starts JAX
+        os.environ["XLA_FLAGS"] = f"{flags} {CHEAP}".strip()
     _questions(out / "questions.jsonl", sizes.drafted)
     every = stages.stages(out, sizes)
     again = f"the same command goes on: jaxaroo quickstart --out {out}{' --smoke' if smoke else ''}"

@@ -48,7 +48,7 @@ class Sizes:
     pairs: int = 60  # updates of DPO
     margin: float = 0.5  # by which the worth of the answers of a pair differs
     qat: int = 120
-    widths: str = "8,6,4,2"
+    widths: str = "8,6,4,2"  # in bits, learned together
     drafter: int = 300
     threshold: float = 0.0  # above which an answer's reward makes it worth learning
 

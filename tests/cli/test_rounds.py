@@ -252,9 +252,8 @@ def sampled(home, rows, number, guidance=None, n=4):
     return [answered(row, *each) for row, each in zip(asked, said, strict=True)]
 
 
-@pytest.mark.parametrize(("beta", "width"), [(40, 4), pytest.param(0, "all", marks=pytest.mark.proof)])
+@pytest.mark.parametrize(("beta", "width"), [(40, 4), (0, "all")])
 @pytest.mark.proof
-@pytest.mark.slow
 def test_answers_of_the_second_round_are_guided_by_the_first(run, home, tmp_path, beta, width):
     """The right digit is always the same, so a value model soon knows it."""
     out, model = tmp_path / "out", home / "run" / "model"

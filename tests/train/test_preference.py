@@ -436,9 +436,8 @@ def test_d2o_takes_as_many_samples_as_it_is_told(base, tmp_path):
 
 
 @pytest.mark.optimizer
-@pytest.mark.parametrize("name", ["dpo", pytest.param("simpo", marks=pytest.mark.proof)])
+@pytest.mark.parametrize("name", ["dpo", "simpo"])
 @pytest.mark.proof
-@pytest.mark.slow
 def test_neither_micro_batches_nor_devices_nor_packing_change_the_training(base, tmp_path, name):
     from jaxaroo.sharding.mesh import MeshConfig
 

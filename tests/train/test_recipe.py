@@ -148,9 +148,8 @@ def answers(target, speculation, temperatures=(0.0, 1.0)):
 
 
 @pytest.mark.optimizer
-@pytest.mark.parametrize("name", ["small", pytest.param("adapter", marks=pytest.mark.proof)])
+@pytest.mark.parametrize("name", ["small", "adapter"])
 @pytest.mark.proof
-@pytest.mark.slow
 def test_an_acceptance_head_trains_beside_two_frozen_networks_resumes_and_serves(target, tmp_path, name):
     options = AcceptanceOptions(drafter=str(target / name), blocks=1)
     before = [files(target / folder) for folder in ("model", name)]
