@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,7 +84,6 @@ def plan(
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # of what is here, nothing else is used
-    logging.getLogger("jaxaroo.sharding.rules").setLevel(logging.ERROR)
     found = [(request, answer(request, fresh))]
     if search:
         found += _others(found[0], other_meshes(request), tries, fresh)
@@ -155,23 +156,69 @@ def other_meshes(request: Request) -> Iterator[Request]:
                 yield dataclasses.replace(request, mesh=mesh)
 
 
+def apart() -> None:
+    """Answer the request on standard input in one line on standard output, and end before machine code is written.
+
+    What `answer` starts: a compiler that is at work cannot be told to stop, only its process can.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    given = json.loads(sys.stdin.read())
+    request, kept = Request(**given["request"]), given["kept"]
+    try:
+        found = _planned(request, _model(request.model), None if kept is None else Path(kept))
+    except ValueError as e:
+        found = {"error": str(e), "usage": isinstance(e, UsageError)}
+    print("\n" + json.dumps(found), flush=True)
+    os._exit(0)
+
+
 # ----------------------------------------------------------------------------------------------------------- private
 def _compile(request: Request, config: Any, kept: Path | None) -> dict[str, Any]:
+    _mesh(request)  # what cannot be is said here
+    given = {"request": dataclasses.asdict(request), "kept": None if kept is None else str(kept)}
+    code, settings = f"from {__name__} import apart; apart()", {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(given),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | settings,
+        check=False,
+    )
+    try:
+        found = json.loads("".join(done.stdout.splitlines()[-1:]))  # its libraries may write before
+    except ValueError as e:
+        raise ValueError(
+            f"plan: the process that compiles ended with status {done.returncode} and without an answer"
+            + (": killed, perhaps for want of memory here." if done.returncode < 0 else ", see above.")
+        ) from e
+    if "error" in found:
+        raise (UsageError if found["usage"] else ValueError)(found["error"])
+    return found
+
+
+def _mesh(request: Request) -> Any:
     from ..sharding.mesh import MeshConfig, make_mesh
     from ..sharding.topology import CHIPS, devices_of
 
-    chip = request.topology.partition(":")[0]
-    if chip not in CHIPS:
+    if request.topology.partition(":")[0] not in CHIPS:
         raise UsageError(f"plan: topology {request.topology!r}; expected one such as v5e:4x4, of {', '.join(CHIPS)}.")
     try:
         devices = devices_of(request.topology)
     except ModuleNotFoundError as e:
         raise UsageError(str(e)) from e
-    mesh = make_mesh(MeshConfig(**({"fsdp": 1} | _sizes(request.mesh))), devices)
+    return make_mesh(MeshConfig(**({"fsdp": 1} | _sizes(request.mesh))), devices)
+
+
+def _planned(request: Request, config: Any, kept: Path | None) -> dict[str, Any]:
+    from ..sharding.plan import Compiling
+
+    logging.getLogger("jaxaroo.sharding.rules").setLevel(logging.ERROR)
+    mesh, chip, how = _mesh(request), request.topology.partition(":")[0], Compiling(kept, whole=False)
     if request.what == "decode":
         from ..infer.plan import plan_decoding, plan_speculation
 
-        sizes: Any = dict(rows=request.batch, capacity=request.seq, kept=kept)
+        sizes: Any = dict(rows=request.batch, capacity=request.seq, how=how)
         if request.drafter is None:
             found = plan_decoding(config, mesh, chip, nodes=request.nodes, bits=request.bits, **sizes)
         elif (request.nodes, request.bits) != (1, 16):
@@ -194,10 +241,10 @@ def _compile(request: Request, config: Any, kept: Path | None) -> dict[str, Any]
             adapters=request.adapters,
         )
         if kind == "rl":
-            found = plan_updates(cfg, RlOptions(algorithm=request.algorithm), config, mesh, chip, kept)
+            found = plan_updates(cfg, RlOptions(algorithm=request.algorithm), config, mesh, chip, how)
         else:
             chosen = PreferenceOptions(objective=request.objective) if kind == "preference" else None
-            found = plan_training(kind, cfg, chosen or RECIPES[kind].options(), config, mesh, chip, kept)
+            found = plan_training(kind, cfg, chosen or RECIPES[kind].options(), config, mesh, chip, how)
         tokens = request.batch * request.seq
     row = found._asdict() | {"devices": mesh.size, "tokens": tokens, "bounds": None}
     if found.bounds is not None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from ..models.decoder import (
 from ..models.multi_precision import QuantRules, init_scales, switch_bits, to_master
 from ..models.quantise import QuantConfig
 from ..sharding.mesh import batch_ways
-from ..sharding.plan import Plan, plan
+from ..sharding.plan import Compiling, Plan, plan
 from ..sharding.rules import FSDP_TP, divisible
 from .decode import Rows
 from .sampling import Sampling, pack_sampling
@@ -46,7 +45,7 @@ def plan_decoding(
     capacity: int,
     nodes: int = 1,
     bits: int = 16,
-    kept: Path | None = None,
+    how: Compiling = Compiling(),
 ) -> Plan:
     """Compile one step of decoding: the next tokens of every row, or the judgement of a tree of guesses.
 
@@ -58,7 +57,7 @@ def plan_decoding(
       capacity: rows of the cache of each.
       nodes: tokens of a row that are read in one step; 1 is plain decoding.
       bits: of the matrices of the layers, 16 or one of `WIDTHS`; fewer than 16 on one device alone.
-      kept: as `sharding.plan.plan` takes it.
+      how: as `sharding.plan.plan` takes it.
 
     Raises:
       ValueError: for rows that the mesh does not divide, or widths that it does not serve.
@@ -79,7 +78,7 @@ def plan_decoding(
     places = jax.tree.map(lambda x: x.sharding, cache)
     run = jax.jit(step, donate_argnums=3, out_shardings=(None, places))
     parts = {"parameters": weights, "cache": cache, "tokens": (tokens, tokens)}
-    return plan(run, (weights, tokens, tokens, cache), parts, mesh, chip, kept=kept)
+    return plan(run, (weights, tokens, tokens, cache), parts, mesh, chip, how=how)
 
 
 def plan_speculation(
@@ -90,7 +89,7 @@ def plan_speculation(
     rows: int,
     capacity: int,
     drafter: str,
-    kept: Path | None = None,
+    how: Compiling = Compiling(),
     **settings: Any,
 ) -> Plan:
     """Compile one step of speculative decoding: the drafter proposes, the target judges, a path is kept.
@@ -105,7 +104,7 @@ def plan_speculation(
       rows: sequences that are decoded at once.
       capacity: rows of the cache of each.
       drafter: one of `DRAFTERS`.
-      kept: as `sharding.plan.plan` takes it.
+      how: as `sharding.plan.plan` takes it.
       settings: others of `SpeculationConfig`.
 
     Raises:
@@ -136,7 +135,7 @@ def plan_speculation(
     run = jax.jit(step, donate_argnums=1, out_shardings=jax.tree.map(lambda x: x.sharding, state))
     parts = {"parameters": weights.target, "drafter": own, "cache": state.rows.cache}
     parts |= {"state": (state._replace(rows=state.rows._replace(cache=None)), asked_of)}
-    return plan(run, (weights, state, asked_of), parts, mesh, chip, kept=kept)
+    return plan(run, (weights, state, asked_of), parts, mesh, chip, how=how)
 
 
 # ----------------------------------------------------------------------------------------------------------- private

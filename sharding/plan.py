@@ -3,6 +3,10 @@
 Memory is the compiler's own account. Multiplications are counted where every loop still says how often it runs, in the
 traced program; collectives in the compiled one, where the compiler has put them, with the trip counts that it writes
 beside its loops. What comes out are bounds from published rates: no step can be faster, and a real one is slower.
+
+All of it is known before a line of machine code is written, which takes a TPU's compiler ten times as long as
+everything before: 106 s of compiling were 6 s and 100 s. So its account is taken from the files that it writes on its
+way, and a process that wants nothing else may end there.
 """
 
 import contextlib
@@ -13,6 +17,8 @@ import logging
 import math
 import os
 import re
+import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +47,13 @@ class Bounds(NamedTuple):
     most_utilisation: float  # of the published FLOPs, counting useful ones alone
 
 
+class Compiling(NamedTuple):
+    """How far a program is compiled."""
+
+    kept: Path | None = None  # a folder of what compilers said before: no program is compiled twice for the same chips
+    whole: bool = True  # False leaves machine code to a thread that nobody waits for: for a process that ends then
+
+
 class Plan(NamedTuple):
     """What one device has to hold and to do."""
 
@@ -64,7 +77,7 @@ def plan(
     mesh: Mesh,
     chip: str,
     useful: Any = None,
-    kept: Path | None = None,
+    how: Compiling = Compiling(),
 ) -> Plan:
     """Compile a jitted step for a mesh of chips that need not be here.
 
@@ -75,8 +88,7 @@ def plan(
       mesh: of devices of `topology.devices_of`.
       chip: a key of `topology.CHIPS`.
       useful: a step that does the same without computing anything twice; this one if not given.
-      kept: a folder of what compilers said before. The same program for the same devices is compiled once, whatever
-        else has changed in the code that makes it.
+      how: whether the compiler is asked again what it said before, and for machine code.
     """
     rates, arguments = CHIPS[chip], {name: bytes_of(tree) for name, tree in parts.items()}
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), warnings.catch_warnings():  # nothing runs on it
@@ -84,16 +96,15 @@ def plan(
         work = work_of(step, *given)
         needed = work if useful is None else work_of(useful, *given)
         lowered = step.trace(*given).lower(lowering_platforms=("tpu",))
-        path = None if kept is None else kept / f"{_name(lowered.as_text(), mesh)}.json"
+        path = None if how.kept is None else how.kept / f"{_name(lowered.as_text(), mesh)}.json"
         heard = read_kept(path)
         if heard is None:
-            heard = _compile(lowered, mesh, work.open_loops)
+            heard = _compile(lowered, mesh, work.open_loops, how.whole)
             if path is not None:
                 keep(path, heard)
     said, took, collectives = heard["said"], heard["seconds"], heard["collectives"]
     if said:
-        wanted, available = _wanted(said, rates)
-        total = sum(arguments.values()) + wanted if "temporaries" in said else wanted
+        total, available = _wanted(said, rates)
         found = (False, said[:400], available, total, arguments, max(0, total - sum(arguments.values())))
         return Plan(*found, work.open_loops, work.flops, None, {}, took)
     held, temporaries = heard["held"], heard["temporaries"]
@@ -103,19 +114,58 @@ def plan(
     return Plan(*found, work.open_loops, work.flops, limits, collectives, took)
 
 
-def _compile(lowered: Any, mesh: Mesh, open_loops: int) -> dict[str, Any]:
+def _compile(lowered: Any, mesh: Mesh, open_loops: int, whole: bool) -> dict[str, Any]:
     """What the compiler says of a program: what it refuses, or bytes of a device and talk."""
-    start = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
-            raise
-        return {"said": str(e)[:4000], "seconds": time.perf_counter() - start, "collectives": {}}
-    took, memory = time.perf_counter() - start, compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    found = {"said": "", "seconds": took, "held": held, "temporaries": memory.temp_size_in_bytes}
-    return found | {"collectives": collective_bytes(compiled.as_text(), mesh, open_loops)}
+    start, ends = time.perf_counter(), []
+    with tempfile.TemporaryDirectory(prefix="jaxaroo-plan-", ignore_cleanup_errors=True) as name:
+        options = {"xla_dump_to": name, "xla_dump_hlo_as_text": True, "xla_dump_compact_gte": False}
+
+        def work():
+            try:
+                ends.append(lowered.compile(options))
+            except Exception as e:
+                ends.append(e)
+
+        compiler, laid_out = threading.Thread(target=work, daemon=True), None
+        compiler.start()
+        while compiler.is_alive() and (whole or laid_out is None):
+            compiler.join(0.2)
+            laid_out = laid_out or _laid_out(Path(name))
+        laid_out = laid_out or _laid_out(Path(name))
+    took = time.perf_counter() - start
+    if laid_out is None and isinstance(ends[0], Exception):
+        if "RESOURCE_EXHAUSTED" not in str(ends[0]):
+            raise ends[0]
+        return {"said": str(ends[0])[:4000], "seconds": took, "collectives": {}}
+    if laid_out is None:  # a compiler that writes no files, or a full disk
+        memory, program = ends[0].memory_analysis(), ends[0].as_text()
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        laid_out = held, memory.temp_size_in_bytes, program
+    held, temporaries, program = laid_out
+    found = {"said": "", "seconds": took, "held": held, "temporaries": temporaries}
+    return found | {"collectives": collective_bytes(program, mesh, open_loops)}
+
+
+def _laid_out(folder: Path) -> tuple[int, int, str] | None:
+    """From files that a compiler writes once a program fits: bytes of arguments, results and constants, of what is
+    temporary, and the program; None as long as they are not there, or not to their ends."""
+    for path in folder.glob("*.after_optimizations_after_buffer_assignment.txt"):  # the last of them
+        program = path.read_text(encoding="utf-8")
+        buffers = path.with_name(path.name.replace("_after_buffer_assignment", "-buffer-assignment"))
+        if program.rstrip().endswith("}") and buffers.exists():
+            return *hbm_bytes(buffers.read_text(encoding="utf-8")), program
+    return None
+
+
+def hbm_bytes(text: str) -> tuple[int, int]:
+    """Bytes of a device's large memory that stand through a step, and that it needs meanwhile.
+
+    Args:
+      text: the compiler's `...buffer-assignment.txt`. Allocations of a color lie in other memories: 1 is VMEM.
+    """
+    rows = re.findall(r"^allocation \d+: size (\d+), (?!color)(.*)", text, re.MULTILINE)
+    temporaries = sum(int(size) for size, what in rows if "preallocated-temp" in what)
+    return sum(int(size) for size, _ in rows) - temporaries, temporaries
 
 
 # ------------------------------------------------------------------------------------------------------------ memory
@@ -153,7 +203,8 @@ def _name(program: str, mesh: Mesh) -> str:
 
 
 def _wanted(said: str, chip: Chip) -> tuple[int, int]:
-    """Bytes that the compiler asked for in vain, 0 if it did not say, and those that there are."""
+    """Bytes that the compiler asked for in vain, arguments and results among them whatever it calls them, 0 if it did
+    not say; and those that there are."""
     number = r"\(?([\d.]+)([KMG])\)?"
     found = re.search(rf"{number} exceeds available HBM {number}", said) or re.search(
         rf"Used {number} of {number}", said

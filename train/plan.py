@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from ..models.decoder import DecoderConfig
 from ..models.tokenizer import byte_tokenizer
 from ..sharding.mesh import batch_ways
-from ..sharding.plan import Plan, plan
+from ..sharding.plan import Compiling, Plan, plan
 from ..sharding.rules import divisible
 from .algorithms import ALGORITHMS, RlOptions, trainable
 from .data.pipeline import Batch
@@ -26,7 +26,7 @@ KINDS = tuple(name for name in RECIPES if name != "acceptance")  # its drafter s
 
 
 def plan_training(
-    kind: str, cfg: RunConfig, options: Any, config: DecoderConfig, mesh: Mesh, chip: str, kept: Path | None = None
+    kind: str, cfg: RunConfig, options: Any, config: DecoderConfig, mesh: Mesh, chip: str, how: Compiling = Compiling()
 ) -> Plan:
     """Compile the step that a run of these settings makes, from shapes alone.
 
@@ -37,7 +37,7 @@ def plan_training(
       config: of the model.
       mesh: of devices of `topology.devices_of`.
       chip: a key of `topology.CHIPS`.
-      kept: as `sharding.plan.plan` takes it.
+      how: as `sharding.plan.plan` takes it.
 
     Raises:
       ValueError: for a batch that the mesh does not divide, or settings that do not go together.
@@ -52,11 +52,11 @@ def plan_training(
     parts = {"parameters": state.params, "optimiser": state.opt_state, "frozen": state.frozen, "mean": state.ema}
     parts |= {"reference": state.carry, "batch": window}
     step, straight = build(cfg), build(dataclasses.replace(cfg, remat="none"))
-    return plan(step, (state, window), parts, mesh, chip, useful=straight, kept=kept)
+    return plan(step, (state, window), parts, mesh, chip, useful=straight, how=how)
 
 
 def plan_updates(
-    cfg: RunConfig, options: RlOptions, config: DecoderConfig, mesh: Mesh, chip: str, kept: Path | None = None
+    cfg: RunConfig, options: RlOptions, config: DecoderConfig, mesh: Mesh, chip: str, how: Compiling = Compiling()
 ) -> Plan:
     """Compile the first update of a step of `train rl`, which learns from answers that were sampled elsewhere.
 
@@ -66,7 +66,7 @@ def plan_updates(
       config: of the model.
       mesh: of devices of `topology.devices_of`.
       chip: a key of `topology.CHIPS`.
-      kept: as `sharding.plan.plan` takes it.
+      how: as `sharding.plan.plan` takes it.
 
     Raises:
       ValueError: for a batch that the mesh does not divide.
@@ -87,7 +87,7 @@ def plan_updates(
     parts = {"parameters": state.params, "optimiser": state.opt_state, "frozen": state.frozen}
     parts |= {"reference": state.carry, "batch": rollout}
     straight = build(dataclasses.replace(asked, remat="none"))
-    return plan(build(asked), (state, rollout), parts, mesh, chip, useful=straight, kept=kept)
+    return plan(build(asked), (state, rollout), parts, mesh, chip, useful=straight, how=how)
 
 
 def window_shapes(cfg: RunConfig, mesh: Mesh, more: tuple[str, ...] = ()) -> Batch:
