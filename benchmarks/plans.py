@@ -2,10 +2,9 @@
 
 Every kind of step of an 8B model on 64 chips, of a 70B model on 256, and of decoding on a few, for every kind of chip
 that the compiler knows. Each line is a `jaxaroo plan`: memory is the compiler's account, times are bounds from
-published rates and no measurement. Needs libtpu (extra `aot`); a step of an 8B model compiles in one to three minutes
-on two cores and one of 70B in up to ten, so the whole list takes a night. What was compiled is remembered: a run that
-was stopped goes on where it was, and one after a change compiles the programs that the change has changed. The results
-file grows by a row at a time; each row names the commit that it was compiled at.
+published rates and no measurement. Needs libtpu (extra `aot`); the whole list takes an hour on two cores. What was
+compiled is remembered: a run that was stopped goes on where it was, and one after a change compiles the programs that
+the change has changed. The results file grows by a row at a time; each row names the commit that it was compiled at.
 
     python -m benchmarks.plans
     python -m benchmarks.plans --only sft preference --size 8b
@@ -75,6 +74,7 @@ def main() -> None:
     environment, everything = record.environment(), [request for size in PODS for request in requests(size)]
     asked = [r for r in everything if opts.size in (None, r.model.rpartition("-")[2])]
     asked = [r for r in asked if not opts.only or r.what in opts.only]
+    failed = 0
     for request in asked:
         wanted = dataclasses.asdict(request)
         if opts.missing and _name(wanted) in _rows():
@@ -82,7 +82,9 @@ def main() -> None:
         try:
             found = answer(request)
         except ValueError as e:
-            found = {"fits": False, "said": str(e)}
+            print(f"{request}: {e}", file=sys.stderr, flush=True)
+            failed += 1
+            continue
         # rows of other runs stay, also of one that goes on at the same time, each with the commit it was compiled at
         rows = _rows() | {_name(wanted): {"request": wanted, "commit": environment["commit"]} | found}
         plans = [rows[name] for r in everything if (name := _name(dataclasses.asdict(r))) in rows]
@@ -95,6 +97,7 @@ def main() -> None:
             file=sys.stderr,
             flush=True,
         )
+    sys.exit(failed > 0)
 
 
 def _rows() -> dict[str, Any]:

@@ -99,7 +99,7 @@ def plan(
         path = None if how.kept is None else how.kept / f"{_name(lowered.as_text(), mesh)}.json"
         heard = read_kept(path)
         if heard is None:
-            heard = _compile(lowered, mesh, work.open_loops, how.whole)
+            heard = _compile(lowered, mesh, work.open_loops, rates.memory, how.whole)
             if path is not None:
                 keep(path, heard)
     said, took, collectives = heard["said"], heard["seconds"], heard["collectives"]
@@ -114,7 +114,7 @@ def plan(
     return Plan(*found, work.open_loops, work.flops, limits, collectives, took)
 
 
-def _compile(lowered: Any, mesh: Mesh, open_loops: int, whole: bool) -> dict[str, Any]:
+def _compile(lowered: Any, mesh: Mesh, open_loops: int, room: int, whole: bool) -> dict[str, Any]:
     """What the compiler says of a program: what it refuses, or bytes of a device and talk."""
     start, ends = time.perf_counter(), []
     with tempfile.TemporaryDirectory(prefix="jaxaroo-plan-", ignore_cleanup_errors=True) as name:
@@ -130,8 +130,8 @@ def _compile(lowered: Any, mesh: Mesh, open_loops: int, whole: bool) -> dict[str
         compiler.start()
         while compiler.is_alive() and (whole or laid_out is None):
             compiler.join(0.2)
-            laid_out = laid_out or _laid_out(Path(name))
-        laid_out = laid_out or _laid_out(Path(name))
+            laid_out = laid_out or _laid_out(Path(name), room)
+        laid_out = laid_out or _laid_out(Path(name), room)
     took = time.perf_counter() - start
     if laid_out is None and isinstance(ends[0], Exception):
         if "RESOURCE_EXHAUSTED" not in str(ends[0]):
@@ -146,14 +146,16 @@ def _compile(lowered: Any, mesh: Mesh, open_loops: int, whole: bool) -> dict[str
     return found | {"collectives": collective_bytes(program, mesh, open_loops)}
 
 
-def _laid_out(folder: Path) -> tuple[int, int, str] | None:
-    """From files that a compiler writes once a program fits: bytes of arguments, results and constants, of what is
-    temporary, and the program; None as long as they are not there, or not to their ends."""
-    for path in folder.glob("*.after_optimizations_after_buffer_assignment.txt"):  # the last of them
+def _laid_out(folder: Path, room: int) -> tuple[int, int, str] | None:
+    """From files that a compiler writes on its way: bytes that stand through a step, bytes that it needs meanwhile, and
+    the program. None as long as they are not there to their ends, and of a program that asks for more than there is:
+    the compiler is about to say so itself."""
+    for path in folder.glob("*.after_optimizations.txt"):  # the last of them
         program = path.read_text(encoding="utf-8")
-        buffers = path.with_name(path.name.replace("_after_buffer_assignment", "-buffer-assignment"))
+        buffers = path.with_name(path.stem + "-buffer-assignment.txt")
         if program.rstrip().endswith("}") and buffers.exists():
-            return *hbm_bytes(buffers.read_text(encoding="utf-8")), program
+            held, temporaries = hbm_bytes(buffers.read_text(encoding="utf-8"))
+            return (held, temporaries, program) if held + temporaries <= room else None
     return None
 
 
@@ -364,7 +366,10 @@ def _trips(bodies: Mapping[str, list[str]], line: str) -> float | None:
         if place and last:
             root = next((x for x in body.values() if " tuple(" in x and "ROOT" in x), "")
             new = re.sub(r"/\*index=\d+\*/", "", root.partition(" tuple(")[2].partition(")")[0]).split(", ")
-            step = re.search(r" add\((.*?)\)", body.get(new[int(place[1])].lstrip("%"), ""))
+            line = body.get(new[int(place[1])].lstrip("%"), "")
+            while moved := re.search(r" copy\(%?([\w.\-]+)\)", line):  # of the counter, to another memory
+                line = body.get(moved[1], "")
+            step = re.search(r" add\((.*?)\)", line)
             given = step[1].split(",") if step else []
             by = [re.search(r" constant\((\d+)\)", body.get(x.strip().lstrip("%"), "")) for x in given]
             found = [int(x[1]) for x in by if x]

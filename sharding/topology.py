@@ -23,15 +23,15 @@ class Chip(NamedTuple):
     topology: str  # the smallest that the compiler knows
     read: float  # bytes a second from its large memory
     bfloat16: float  # FLOPs a second
-    memory: int  # bytes
+    memory: int  # bytes that the compiler lets a program have of it, in its own words: a little less than there is
     links: float  # bytes a second to and from all its neighbours together
 
 
 CHIPS = {
-    "v5e": Chip("v5e:1x1", 0.82e12, 197e12, 16 << 30, 200e9),
-    "v5p": Chip("v5p:2x2x1", 2.765e12, 459e12, 95 << 30, 600e9),
-    "v6e": Chip("v6e:1x1", 1.64e12, 918e12, 32 << 30, 448e9),
-    "tpu7x": Chip("tpu7x:2x2x1", 7.37e12 / 2, 2307e12 / 2, 96 << 30, 1200e9 / 2),  # a chip is two devices
+    "v5e": Chip("v5e:1x1", 0.82e12, 197e12, int(15.75 * 2**30), 200e9),
+    "v5p": Chip("v5p:2x2x1", 2.765e12, 459e12, int(95.73 * 2**30), 600e9),
+    "v6e": Chip("v6e:1x1", 1.64e12, 918e12, int(31.24 * 2**30), 448e9),
+    "tpu7x": Chip("tpu7x:2x2x1", 7.37e12 / 2, 2307e12 / 2, int(94.74 * 2**30), 1200e9 / 2),  # a chip is two devices
 }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import subprocess
 from typing import get_args
 
 import pytest
@@ -22,7 +23,7 @@ def test_a_step_is_accounted_for_and_remembered(run, libtpu, monkeypatch, tmp_pa
     status, out, err = run(*ask)
     assert status == 0, err
     assert "sft of preset:tiny on v5e:2x2, 4 devices, fsdp=2,tensor=2" in out
-    assert re.search(r"fits: 0\.\d\d of 16\.00 GiB a device", out)
+    assert re.search(r"fits: 0\.\d\d of 15\.75 GiB a device", out)
     assert re.search(r"at best .* s a step, by (products|memory|links)", out)
     assert "remembered" not in out
     monkeypatch.setattr(module, "_compile", lambda *_: pytest.fail("compiled again"))
@@ -120,6 +121,15 @@ def test_a_plan_that_cannot_be_remembered_is_told_all_the_same(run, libtpu, monk
     assert status == 1
     assert "DOES NOT FIT" in out
     assert "plan: not remembered: " in caplog.text
+
+
+@pytest.mark.errors
+@pytest.mark.parametrize(("status", "said"), [(-9, "status -9 and without an answer: killed"), (1, "see above")])
+def test_a_compiler_that_dies_is_told(run, libtpu, monkeypatch, status, said):
+    dead = lambda *_, **__: subprocess.CompletedProcess([], status, stdout="a library says hello\n")
+    monkeypatch.setattr(module.subprocess, "run", dead)
+    found, _, err = run("plan", "sft", "--model", "preset:tiny", "--topology", "v5e:2x2", "--mesh", "fsdp=4")
+    assert (found, said in err) == (1, True), err
 
 
 @pytest.mark.errors
