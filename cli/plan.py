@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -121,7 +122,7 @@ def answer(request: Request, fresh: bool = False) -> dict[str, Any]:
     path = _remembered(request, config)
     if not fresh and (found := read_kept(path)) is not None:
         return found | {"remembered": True}
-    found = _compile(request, config, None if fresh else path.parent / "compiled")
+    found = _compile(request, None if fresh else path.parent / "compiled")
     keep(path, found)
     return found | {"remembered": False}
 
@@ -165,26 +166,27 @@ def apart() -> None:
     given = json.loads(sys.stdin.read())
     request, kept = Request(**given["request"]), given["kept"]
     try:
-        found = _planned(request, _model(request.model), None if kept is None else Path(kept))
-    except ValueError as e:
+        found = _planned(request, None if kept is None else Path(kept), Path(given["scratch"]))
+    except (UsageError, ValueError) as e:
         found = {"error": str(e), "usage": isinstance(e, UsageError)}
     print("\n" + json.dumps(found), flush=True)
     os._exit(0)
 
 
 # ----------------------------------------------------------------------------------------------------------- private
-def _compile(request: Request, config: Any, kept: Path | None) -> dict[str, Any]:
+def _compile(request: Request, kept: Path | None) -> dict[str, Any]:
     _mesh(request)  # what cannot be is said here
     given = {"request": dataclasses.asdict(request), "kept": None if kept is None else str(kept)}
     code, settings = f"from {__name__} import apart; apart()", {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        input=json.dumps(given),
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | settings,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory(prefix="jaxaroo-plan-") as scratch:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            input=json.dumps(given | {"scratch": scratch}),
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | settings,
+            check=False,
+        )
     try:
         found = json.loads("".join(done.stdout.splitlines()[-1:]))  # its libraries may write before
     except ValueError as e:
@@ -210,11 +212,12 @@ def _mesh(request: Request) -> Any:
     return make_mesh(MeshConfig(**({"fsdp": 1} | _sizes(request.mesh))), devices)
 
 
-def _planned(request: Request, config: Any, kept: Path | None) -> dict[str, Any]:
+def _planned(request: Request, kept: Path | None, scratch: Path) -> dict[str, Any]:
     from ..sharding.plan import Compiling
 
     logging.getLogger("jaxaroo.sharding.rules").setLevel(logging.ERROR)
-    mesh, chip, how = _mesh(request), request.topology.partition(":")[0], Compiling(kept, whole=False)
+    mesh, config, chip = _mesh(request), _model(request.model), request.topology.partition(":")[0]
+    how = Compiling(kept, scratch)
     if request.what == "decode":
         from ..infer.plan import plan_decoding, plan_speculation
 

@@ -51,7 +51,8 @@ class Compiling(NamedTuple):
     """How far a program is compiled."""
 
     kept: Path | None = None  # a folder of what compilers said before: no program is compiled twice for the same chips
-    whole: bool = True  # False leaves machine code to a thread that nobody waits for: for a process that ends then
+    scratch: Path | None = None  # for the compiler's files: machine code is left to a thread that goes on writing them,
+    # for a process that ends then and another that removes them; None waits for all of it, in a folder of its own
 
 
 class Plan(NamedTuple):
@@ -99,7 +100,7 @@ def plan(
         path = None if how.kept is None else how.kept / f"{_name(lowered.as_text(), mesh)}.json"
         heard = read_kept(path)
         if heard is None:
-            heard = _compile(lowered, mesh, work.open_loops, rates.memory, how.whole)
+            heard = _compile(lowered, mesh, work.open_loops, rates.memory, how.scratch)
             if path is not None:
                 keep(path, heard)
     said, took, collectives = heard["said"], heard["seconds"], heard["collectives"]
@@ -114,11 +115,13 @@ def plan(
     return Plan(*found, work.open_loops, work.flops, limits, collectives, took)
 
 
-def _compile(lowered: Any, mesh: Mesh, open_loops: int, room: int, whole: bool) -> dict[str, Any]:
+def _compile(lowered: Any, mesh: Mesh, open_loops: int, room: int, scratch: Path | None) -> dict[str, Any]:
     """What the compiler says of a program: what it refuses, or bytes of a device and talk."""
     start, ends = time.perf_counter(), []
-    with tempfile.TemporaryDirectory(prefix="jaxaroo-plan-", ignore_cleanup_errors=True) as name:
-        options = {"xla_dump_to": name, "xla_dump_hlo_as_text": True, "xla_dump_compact_gte": False}
+    with contextlib.ExitStack() as stack:
+        own = lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxaroo-plan-"))
+        folder = scratch or Path(own())
+        options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True, "xla_dump_compact_gte": False}
 
         def work():
             try:
@@ -128,12 +131,12 @@ def _compile(lowered: Any, mesh: Mesh, open_loops: int, room: int, whole: bool) 
 
         compiler, laid_out = threading.Thread(target=work, daemon=True), None
         compiler.start()
-        while compiler.is_alive() and (whole or laid_out is None):
+        while compiler.is_alive() and (scratch is None or laid_out is None):
             compiler.join(0.2)
-            laid_out = laid_out or _laid_out(Path(name), room)
-        laid_out = laid_out or _laid_out(Path(name), room)
+            laid_out = laid_out or _laid_out(folder, room)
+        laid_out = laid_out or _laid_out(folder, room)
     took = time.perf_counter() - start
-    if laid_out is None and isinstance(ends[0], Exception):
+    if ends and isinstance(ends[0], Exception):
         if "RESOURCE_EXHAUSTED" not in str(ends[0]):
             raise ends[0]
         return {"said": str(ends[0])[:4000], "seconds": took, "collectives": {}}

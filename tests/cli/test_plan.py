@@ -41,7 +41,7 @@ def test_a_step_is_accounted_for_and_remembered(run, libtpu, monkeypatch, tmp_pa
     assert json.loads(path.read_text())["fits"]
 
 
-def pretended(request, config, kept):
+def pretended(request, kept):
     """A compiler that lets a step fit which computes everything twice, in four parts."""
     fits = request.remat == "full" and request.micro_batches >= 4 and "tensor=1" not in request.mesh
     limits = dict(products=2.0, memory=1.0, links={}, seconds=2.0, bound_by="products", most_utilisation=0.5)

@@ -244,7 +244,7 @@ def test_files_of_the_compiler_are_read_once_they_are_whole_and_the_program_fits
 @pytest.mark.aot
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # of chips that are not here
 @pytest.mark.parametrize("chip", sorted(CHIPS))
-def test_the_account_is_that_of_the_whole_compilation_and_room_is_what_the_compiler_says(libtpu, chip):
+def test_the_account_is_that_of_the_whole_compilation_and_room_is_what_the_compiler_says(libtpu, tmp_path, chip):
     """A loop that talks, on two devices: bytes and talk as they are known in the end. Of `memory_analysis`, what all
     allocations come to; its `temp_size_in_bytes` counts gaps twice, or is 0 (tpu7x)."""
     [one, other] = devices_of({"v5e": "v5e:2x2", "v6e": "v6e:2x2"}.get(chip, f"{chip}:2x2x1"))[:2]
@@ -254,7 +254,7 @@ def test_the_account_is_that_of_the_whole_compilation_and_room_is_what_the_compi
     w = jax.ShapeDtypeStruct((6, 512, 512), jnp.float32, sharding=place(None, "fsdp"))
     loss = lambda w, x: jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0])
     step = jax.jit(jax.grad(loss), out_shardings=place(None, "fsdp"))
-    early = plan(step, (w, x), {"all": (w, x)}, mesh, chip, how=module.Compiling(whole=False))
+    early = plan(step, (w, x), {"all": (w, x)}, mesh, chip, how=module.Compiling(scratch=tmp_path))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = step.lower(w, x).compile()
     memory = compiled.memory_analysis()
