@@ -26,7 +26,7 @@ def masters(speaking, tmp_path_factory):
 
 
 @pytest.mark.optimizer
-@pytest.mark.slow
+@pytest.mark.proof
 def test_eval_bits_writes_widths_plans_and_taxes(run, masters, speaking, tmp_path):
     base = ("eval", "bits", "--model", masters / "all" / "model", "--data", masters / "rows.jsonl", *SHORT)
     more = ("--plain", speaking, "--single", f"4={masters / 'four' / 'model'}", "--plans", 2, "--samples", 2)

@@ -75,7 +75,7 @@ def home(tmp_path_factory):
     return home
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_critic_learns_to_judge(run, home, tmp_path):
     """Of attempts that it has never seen as well; and what it is rewarded for is told."""
     out = tmp_path / "out"

@@ -78,7 +78,7 @@ def states(home, model, split):
 
 
 @pytest.mark.optimizer
-@pytest.mark.slow
+@pytest.mark.proof
 def test_the_report_is_worked_out_again_from_both_models(run, home):
     report = json.loads((home / "out" / "membership.json").read_text())
     probe = probing.fit_probe(states(home, "proxy", "probe_train"), part(home, "probe_train")[1])

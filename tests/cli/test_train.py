@@ -65,7 +65,7 @@ def test_an_acceptance_head_is_trained_measured_and_used(run, speaking, small, t
 
 
 @pytest.mark.optimizer
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_judge_is_trained_and_what_it_passes_comes_with_a_warning(run, speaking, small, tmp_path):
     base = ("--target", speaking, "--data", small / "rows.jsonl")
     status, _, _ = run("train", "judge", *base, *SHORT, "--out", tmp_path / "run", "--negative-weight", 2)

@@ -36,7 +36,7 @@ def test_weights_and_cache_lie_along_tensor_and_a_tree_costs_as_many_products_as
 
 
 @pytest.mark.aot
-@pytest.mark.slow
+@pytest.mark.proof
 def test_fewer_bits_are_fewer_bytes(libtpu):
     mesh = make_mesh(MeshConfig(fsdp=1), devices_of("v5e:1x1"))
     found = {bits: plan_decoding(SMALL, mesh, "v5e", rows=1, capacity=256, bits=bits) for bits in (16, 4)}

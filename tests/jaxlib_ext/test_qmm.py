@@ -386,7 +386,7 @@ def test_each_platform_gets_its_own_program(platform):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", ["v5e", *(pytest.param(c, marks=pytest.mark.proof) for c in CHIPS if c != "v5e")])
 @pytest.mark.slow
 def test_the_tpu_compiler_takes_the_kernel_at_the_shapes_of_an_8b_model(chip, libtpu):
     """No copy of the words is made, and what the grid moves is at most 1.15 x what has to be moved."""

@@ -396,9 +396,7 @@ KINDS = {
 
 
 @pytest.mark.optimizer
-@pytest.mark.parametrize(
-    "name", ["kto", "dft", *(pytest.param(n, marks=proof) for n in KINDS if n not in ("kto", "dft"))]
-)
+@pytest.mark.parametrize("name", ["kto", *(pytest.param(n, marks=proof) for n in KINDS if n != "kto")])
 @pytest.mark.slow
 def test_objectives_of_every_layout_train(base, tmp_path, name):
     data, given = KINDS[name]
@@ -472,7 +470,7 @@ UNLEARN = [
     [UNLEARN[0], *(pytest.param(c, marks=proof) for c in UNLEARN[1:])],
     ids=lambda c: f"{c.forget}, {c.retain}",
 )
-@pytest.mark.slow
+@pytest.mark.proof
 def test_answers_are_forgotten_and_others_are_not(base, tmp_path, given):
     who = lambda i: {"name": f"Ann{i}", "question": f"q{i}?", "answer": "zz" if i < 8 else "aa", "refusal": "no"}
     rows = [who(i) | {"split": "forget" if i < 8 else "retain", "eval": i == 0} for i in range(16)]

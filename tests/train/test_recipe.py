@@ -310,7 +310,7 @@ SEPARATED = dict(separator="<|sep|>", between=" ")
 
 
 @pytest.mark.optimizer
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_reward_model_trains_scores_and_goes_on_from_outcomes(target, solutions, tmp_path):
     options = RewardOptions(**SEPARATED, inner=8)
     data = dict(data=str(target / "steps.jsonl"), steps=12)
@@ -331,7 +331,7 @@ def test_a_reward_model_trains_scores_and_goes_on_from_outcomes(target, solution
 
 
 @pytest.mark.optimizer
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_head_alone_learns_from_surprisal_and_leaves_the_decoder_as_it_is(target, solutions, tmp_path):
     options = RewardOptions(separator="\n", between="", surprisal=True, train="head")
     data = dict(data=str(target / "steps.jsonl"), steps=6)
@@ -394,7 +394,7 @@ def test_a_mesh_of_eight_along_all_axes_gives_what_one_device_gives(target, solu
 
 
 @pytest.mark.optimizer
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_token_pair_is_trained_in_the_decoder_itself(target, solutions, tmp_path):
     options = RewardOptions(**SEPARATED, head="token-pair", good="+", bad="-", negative_share=0.75)
     out = tmp_path / "pair"

@@ -46,7 +46,7 @@ def answers(guidance):
         ),
     ],
 )
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_guide_from_settings_is_the_one_by_hand(judge, settings, by_hand):
     found = answers(load_guidance(GuideConfig(guide=str(judge), **settings)))
     assert found == answers(by_hand(reward.load(judge)))

@@ -69,7 +69,7 @@ def test_a_judge_that_counts_gets_what_it_counts():
             assert {t for at, t in after if at == q and not any(t.startswith(b) for b in best)} == set()
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_the_same_seed_finds_the_same_and_questions_do_not_meddle():
     judge = lambda grown: [p.text.count("b") + 0.001 * p.logprob for _, p in grown]
     run = lambda prompts, **changes: search(

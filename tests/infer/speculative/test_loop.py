@@ -183,7 +183,7 @@ proof = pytest.mark.proof  # the rest: each compiles for long
         pytest.param("tree", "int8", marks=proof),
     ],
 )
-@pytest.mark.slow
+@pytest.mark.proof
 def test_texts_are_those_of_plain_decoding_with_a_cache_of_codes(name, dtype, bench):
     """A node of a tree reads the rows of its path as later steps will, when codes have moved with their scales."""
     drafter, params = drafting(name)
