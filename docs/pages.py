@@ -220,7 +220,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> str:
 def _cell(row: dict[str, Any]) -> str:
     if "total" not in row:
         return "refused"
-    held = f"{row['total'] / 2**30:.2f} of {row['available'] / 2**30:.0f} GiB"
+    held = f"{row['total'] / 2**30:.2f} of {row['available'] / 2**30:.5g} GiB"
     if not row["fits"]:
         return f"{held}: does not fit"
     bound, share = row["bounds"]["bound_by"], row["bounds"]["most_utilisation"]
