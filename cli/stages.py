@@ -293,13 +293,13 @@ def typed(args: Sequence[Any]) -> str:
 # ----------------------------------------------------------------------------------------------------------- private
 USUAL = {  # seconds on two cores (benchmarks/results/quickstart-cpu.json): how commands compare, not how long they take
     "train sft": 70,
-    "train qat": 45,
-    "train ranked": 50,
+    "train qat": 48,
+    "train ranked": 46,
     "train": 22,
-    "label steps": 22,
-    "eval bits": 60,
-    "eval best-of-n": 20,
-    "bench speculative": 35,
+    "label steps": 26,
+    "eval bits": 80,
+    "eval best-of-n": 16,
+    "bench speculative": 16,
 }
 
 

@@ -158,13 +158,13 @@ def _anywhere(here: bool) -> bool:
     return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(here)).any())
 
 
-@jax.jit
 def _fingerprint(tree: Any) -> dict[str, jax.Array]:
     """For every leaf the sum, modulo 2^32, of its elements' bits, each mixed with its place by a bijection.
 
     Integers in any order add up to the same, so the layout on devices does not matter. A change of one element always
     changes the sum, and other changes all but once in 2^32 times: the mixing is the finaliser of MurmurHash3.
 
+    A program for each shape, not one for the tree: weights and their moments share it, and so do runs of one model.
     One leaf after the other: XLA for CPUs writes mixed bits down before it sums them, as many bytes as a leaf has.
     """
     found, before = {}, jnp.uint32(0)
@@ -173,6 +173,7 @@ def _fingerprint(tree: Any) -> dict[str, jax.Array]:
     return found
 
 
+@jax.jit
 def _print_of(x: jax.Array, before: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, np.dtype(f"uint{8 * x.dtype.itemsize}")) if x.dtype != bool else x
     zero = jnp.minimum(before >> 31, 1) >> 1  # a compiler cannot see it: so this waits, which a barrier does not ensure
