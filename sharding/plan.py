@@ -118,10 +118,10 @@ def plan(
 def _compile(lowered: Any, mesh: Mesh, open_loops: int, room: int, scratch: Path | None) -> dict[str, Any]:
     """What the compiler says of a program: what it refuses, or bytes of a device and talk."""
     start, ends = time.perf_counter(), []
-    with contextlib.ExitStack() as stack:
-        own = lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxaroo-plan-"))
-        folder = scratch or Path(own())
-        options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True, "xla_dump_compact_gte": False}
+    own = tempfile.TemporaryDirectory(prefix="jaxaroo-plan-") if scratch is None else contextlib.nullcontext(scratch)
+    with own as name:
+        folder = Path(name)
+        options = {"xla_dump_to": str(name), "xla_dump_hlo_as_text": True, "xla_dump_compact_gte": False}
 
         def work():
             try:
