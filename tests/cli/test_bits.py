@@ -25,6 +25,14 @@ def masters(speaking, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def quantised(speaking, tmp_path_factory):
+    """A master for the same widths that nobody trained, to be refused."""
+    folder = tmp_path_factory.mktemp("quantised")
+    assert main(["quantise", str(speaking), str(folder / "all"), "--bits", "8,4,2"]) == 0
+    return folder / "all"
+
+
 @pytest.mark.optimizer
 @pytest.mark.proof
 def test_eval_bits_writes_widths_plans_and_taxes(run, masters, speaking, tmp_path):
@@ -54,11 +62,12 @@ def test_eval_bits_writes_widths_plans_and_taxes(run, masters, speaking, tmp_pat
 
 
 @pytest.mark.errors
-def test_eval_bits_says_what_is_wrong(run, masters, speaking, tmp_path):
-    base = ("eval", "bits", "--data", masters / "rows.jsonl", "--out", tmp_path / "r")
+def test_eval_bits_says_what_is_wrong(run, quantised, speaking, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "completion": " = 2", "answer": "2"}\n')
+    base = ("eval", "bits", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "r")
     status, _, err = run(*base, "--model", speaking)
     assert (status, "holds plain weights; expected a master" in err) == (1, True)
-    status, _, err = run(*base, "--model", masters / "all" / "model", "--single", "4")
+    status, _, err = run(*base, "--model", quantised, "--single", "4")
     assert (status, "--single 4; expected WIDTH=FOLDER" in err) == (2, True)
     assert not (tmp_path / "r").exists()
 
@@ -87,15 +96,15 @@ def test_a_master_is_served_at_every_width_and_drafts_for_itself(run, masters):
         ("plain", ("--bits", 4), 1, "holds plain weights; expected a master"),
         ("plain", ("--act", "int8"), 1, "--act: "),
         ("plain", ("--drafter", "self", "--draft-bits", 2), 1, "drafter='self' for plain weights"),
-        ("all", ("--bits", "four"), 2, "--bits four: expected a width such as 4, or one a layer"),
-        ("all", ("--bits", 9), 1, "bits: found 9; expected a width from 2"),
-        ("all", ("--bits", "8,8,8"), 1, "or one for each of 2 layers"),
-        ("all", ("--drafter", "self"), 1, "expected both 'self' and the width that drafts"),
-        ("all", ("--draft-bits", 2), 1, "expected both 'self' and the width that drafts"),
+        ("master", ("--bits", "four"), 2, "--bits four: expected a width such as 4, or one a layer"),
+        ("master", ("--bits", 9), 1, "bits: found 9; expected a width from 2"),
+        ("master", ("--bits", "8,8,8"), 1, "or one for each of 2 layers"),
+        ("master", ("--drafter", "self"), 1, "expected both 'self' and the width that drafts"),
+        ("master", ("--draft-bits", 2), 1, "expected both 'self' and the width that drafts"),
     ],
 )
-def test_widths_that_cannot_be_served_are_refused(run, masters, speaking, which, options, status, message):
-    model = speaking if which == "plain" else masters / which / "model"
+def test_widths_that_cannot_be_served_are_refused(run, quantised, speaking, which, options, status, message):
+    model = speaking if which == "plain" else quantised
     found = run("generate", "--model", model, "--prompt", "3 + 1", "--max-new-tokens", 2, *options)
     assert found[0] == status
     assert message in found[2]

@@ -154,6 +154,7 @@ def test_the_engine_generates_with_it(run):
     assert len(said[0][0]) > 0
 
 
+@pytest.mark.slow
 def test_for_training_the_floats_of_the_master_come_back(run):
     out, seen = run
     got, want = hf.load(out / "model", stacked=True).params, oracle(seen, 8)

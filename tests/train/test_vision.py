@@ -84,6 +84,7 @@ def test_all_widths_learn_to_tell_the_stripes(unbroken):
         assert (unbroken / phase / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_the_folder_answers_as_the_evaluation_did(unbroken, toy):
     test = read_cifar10(toy, "test")
     [batch] = in_order(test, len(test.labels))
@@ -101,6 +102,7 @@ def test_the_folder_answers_as_the_evaluation_did(unbroken, toy):
     assert cfg == dataclasses.replace(NETWORK, bits=())
 
 
+@pytest.mark.slow
 def test_running_statistics_come_to_those_of_the_images(unbroken, toy):
     """Of the first convolution, whose input no training changes: at the end of the float phase, which ends slowly."""
     _, stored = resnet.load(unbroken / "float" / "model")
@@ -242,6 +244,7 @@ def test_each_group_learns_by_its_own_adam(alrs):
 
 # -------------------------------------------------------------------------------------------------------------- errors
 @pytest.mark.errors
+@pytest.mark.slow
 def test_what_cannot_be_gone_on_with_is_refused(unbroken, toy, tmp_path):
     cfg = settings(toy, unbroken)
     wrong = dataclasses.replace(OPTIONS, network=dataclasses.replace(NETWORK, bits=(8, 2)))
