@@ -129,12 +129,15 @@ def _compile(lowered: Any, mesh: Mesh, open_loops: int, room: int, scratch: Path
             except Exception as e:
                 ends.append(e)
 
-        compiler, laid_out = threading.Thread(target=work, daemon=True), None
+        compiler = threading.Thread(target=work, daemon=True)
         compiler.start()
-        while compiler.is_alive() and (scratch is None or laid_out is None):
+        compiler.join(None if scratch is None else 0.0)
+        while compiler.is_alive():
             compiler.join(0.2)
-            laid_out = laid_out or _laid_out(folder, room)
-        laid_out = laid_out or _laid_out(folder, room)
+            laid_out = _laid_out(folder)
+            if laid_out is not None and sum(laid_out[:2]) <= room:  # of more, the compiler is about to say so itself
+                break
+        laid_out = _laid_out(folder)
     took = time.perf_counter() - start
     if ends and isinstance(ends[0], Exception):
         if "RESOURCE_EXHAUSTED" not in str(ends[0]):
@@ -143,22 +146,21 @@ def _compile(lowered: Any, mesh: Mesh, open_loops: int, room: int, scratch: Path
     if laid_out is None:  # a compiler that writes no files, or a full disk
         memory, program = ends[0].memory_analysis(), ends[0].as_text()
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        laid_out = held, memory.temp_size_in_bytes, program
+        total = getattr(memory, "total_allocation_bytes", held + memory.temp_size_in_bytes)  # jax 0.10 lacks it
+        laid_out = held, total - held, program
     held, temporaries, program = laid_out
     found = {"said": "", "seconds": took, "held": held, "temporaries": temporaries}
     return found | {"collectives": collective_bytes(program, mesh, open_loops)}
 
 
-def _laid_out(folder: Path, room: int) -> tuple[int, int, str] | None:
+def _laid_out(folder: Path) -> tuple[int, int, str] | None:
     """From files that a compiler writes on its way: bytes that stand through a step, bytes that it needs meanwhile, and
-    the program. None as long as they are not there to their ends, and of a program that asks for more than there is:
-    the compiler is about to say so itself."""
+    the program; None as long as they are not there to their ends."""
     for path in folder.glob("*.after_optimizations.txt"):  # the last of them
         program = path.read_text(encoding="utf-8")
         buffers = path.with_name(path.stem + "-buffer-assignment.txt")
         if program.rstrip().endswith("}") and buffers.exists():
-            held, temporaries = hbm_bytes(buffers.read_text(encoding="utf-8"))
-            return (held, temporaries, program) if held + temporaries <= room else None
+            return *hbm_bytes(buffers.read_text(encoding="utf-8")), program
     return None
 
 

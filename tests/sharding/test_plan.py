@@ -225,26 +225,27 @@ def test_large_memory_is_what_lies_in_no_other():
     assert hbm_bytes(BUFFERS) == (512 + 1024 + 64 + 2048, 4096)
 
 
-def test_files_of_the_compiler_are_read_once_they_are_whole_and_the_program_fits(tmp_path):
+def test_files_of_the_compiler_are_read_once_they_are_whole(tmp_path):
     program, buffers = (
         tmp_path / f"module_0000.jit_f.cl_1.after_optimizations{end}.txt" for end in ("", "-buffer-assignment")
     )
-    room, whole = 10_000, HEAD + "\n"
-    assert module._laid_out(tmp_path, room) is None
+    whole = HEAD + "\n"
+    assert module._laid_out(tmp_path) is None
     buffers.write_text(BUFFERS)
     program.write_text(whole[:-20])
-    assert module._laid_out(tmp_path, room) is None
+    assert module._laid_out(tmp_path) is None
     program.write_text(whole)
-    assert module._laid_out(tmp_path, room) == (3648, 4096, whole)
-    assert module._laid_out(tmp_path, 3648 + 4096 - 1) is None
+    assert module._laid_out(tmp_path) == (3648, 4096, whole)
     buffers.unlink()
-    assert module._laid_out(tmp_path, room) is None
+    assert module._laid_out(tmp_path) is None
 
 
 @pytest.mark.aot
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # of chips that are not here
 @pytest.mark.parametrize("chip", sorted(CHIPS))
-def test_the_account_is_that_of_the_whole_compilation_and_room_is_what_the_compiler_says(libtpu, tmp_path, chip):
+def test_the_account_is_that_of_the_whole_compilation_and_room_is_what_the_compiler_says(
+    libtpu, tmp_path, monkeypatch, chip
+):
     """A loop that talks, on two devices: bytes and talk as they are known in the end. Of `memory_analysis`, what all
     allocations come to; its `temp_size_in_bytes` counts gaps twice, or is 0 (tpu7x)."""
     [one, other] = devices_of({"v5e": "v5e:2x2", "v6e": "v6e:2x2"}.get(chip, f"{chip}:2x2x1"))[:2]
@@ -265,6 +266,11 @@ def test_the_account_is_that_of_the_whole_compilation_and_room_is_what_the_compi
         assert early.total == memory.total_allocation_bytes
     assert early.collectives == collective_bytes(compiled.as_text(), mesh)
     assert early.collectives["fsdp"]["all-gather"] > 0
+    monkeypatch.setattr(module, "_laid_out", lambda _: None)  # a compiler that writes no files
+    whole = plan(step, (w, x), {"all": (w, x)}, mesh, chip)
+    assert (whole.collectives, whole.fits) == (early.collectives, True)
+    if hasattr(memory, "total_allocation_bytes"):
+        assert whole.total == early.total
     huge = jax.ShapeDtypeStruct((CHIPS[chip].memory // 4,), jnp.float32, sharding=place())
     over = plan(jax.jit(lambda x: x + 1), (huge,), {"all": huge}, mesh, chip)
     assert not over.fits
