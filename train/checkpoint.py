@@ -73,7 +73,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, data: Mapping[str, A
     step = int(state.step)
     if step in manager.all_steps():
         return
-    prints = {name: int(value) for name, value in jax.device_get(_fingerprint(state)).items()}
+    prints = _fingerprint(state)
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(state._replace(frozen={})),
         meta=ocp.args.JsonSave({"data": dict(data), "fingerprint": prints}),
@@ -146,7 +146,7 @@ def _read(manager: ocp.CheckpointManager, step: int, like: TrainState) -> _Found
 def _difference(found: _Found) -> str | None:
     """In what the arrays are not those that were saved."""
     wanted = found.meta["fingerprint"]
-    got = {name: int(value) for name, value in jax.device_get(_fingerprint(found.state)).items()}
+    got = _fingerprint(found.state)
     if wrong := sorted(name for name in wanted | got if wanted.get(name) != got.get(name)):
         return f"bits of {', '.join(wrong[:3])} are not those that were saved"
     inside = int(found.state.step)
@@ -158,26 +158,24 @@ def _anywhere(here: bool) -> bool:
     return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(here)).any())
 
 
-def _fingerprint(tree: Any) -> dict[str, jax.Array]:
+def _fingerprint(tree: Any) -> dict[str, int]:
     """For every leaf the sum, modulo 2^32, of its elements' bits, each mixed with its place by a bijection.
 
     Integers in any order add up to the same, so the layout on devices does not matter. A change of one element always
     changes the sum, and other changes all but once in 2^32 times: the mixing is the finaliser of MurmurHash3.
 
     A program for each shape, not one for the tree: weights and their moments share it, and so do runs of one model.
-    One leaf after the other: XLA for CPUs writes mixed bits down before it sums them, as many bytes as a leaf has.
+    One is waited for, on all devices, before the next begins. XLA for CPUs writes mixed bits down before it sums them,
+    as many bytes as a leaf has; and jax 0.10 aborts where several programs at once sum over CPU devices.
     """
-    found, before = {}, jnp.uint32(0)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        found[jax.tree_util.keystr(path)] = before = _print_of(leaf, before)
-    return found
+    leaves = jax.tree_util.tree_leaves_with_path(jax.block_until_ready(tree))
+    return {jax.tree_util.keystr(path): int(jax.block_until_ready(_print_of(leaf))) for path, leaf in leaves}
 
 
 @jax.jit
-def _print_of(x: jax.Array, before: jax.Array) -> jax.Array:
+def _print_of(x: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, np.dtype(f"uint{8 * x.dtype.itemsize}")) if x.dtype != bool else x
-    zero = jnp.minimum(before >> 31, 1) >> 1  # a compiler cannot see it: so this waits, which a barrier does not ensure
-    index = jnp.broadcast_to(zero, x.shape)
+    index = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
         index = index * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     mixed = bits.astype(jnp.uint32) ^ (index * jnp.uint32(0x9E3779B1))
