@@ -72,6 +72,7 @@ def test_sampled_solutions_are_rows_of_steps_and_a_killed_job_goes_on(run, polic
     assert (tmp_path / "k.jsonl").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_steps_are_labelled_by_completions_truth_or_outcome_and_files_can_agree(run, policy, tmp_path):
     rows = [
         {"id": "a", "prompt": "ben has 3 eggs .\n", "steps": ["3 + 4 = 7", "ans 7"], "answer": "7"}
@@ -154,6 +155,7 @@ def test_feedback_in_words_comes_first_and_labels_second(run, policy, tmp_path):
     assert run("eval", "prm", "--model", tmp_path / "prm" / "model", *asked)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_policy_cuts_its_solutions_where_it_is_unsure(run, policy, tmp_path):
     tokenizer, model = arithmetic_tokenizer(), load(policy)
     problems = [make_problem(ArithmeticConfig(), "train", i) for i in range(6)]

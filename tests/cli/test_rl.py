@@ -262,6 +262,7 @@ def test_rewards_of_outcomes():
     assert said(problems[:1], [[sampled("pass"), sampled("i do not know")]]) == [[0, -1]]
 
 
+@pytest.mark.slow
 def test_rewards_of_a_reward_model(home):
     cfg = RlConfig(model="m", data="d", out=home / "none", dtype="float32")
     judge = reward.load(home / "judge", dtype="float32")

@@ -318,6 +318,7 @@ def test_answers_are_whole_and_right_or_not():
     assert answered({"id": "0", "answer": "Paris"}, ["the answer is paris."], ["stop"])["outcomes"] == [1]
 
 
+@pytest.mark.slow
 def test_problems_of_the_embedded_task_and_of_files(home):
     hard = ArithmeticConfig(level=3, hi=50)
     size, read = read_problems("builtin:arithmetic", hard, "test")

@@ -135,6 +135,7 @@ def test_reported_logprobs_are_those_of_a_whole_forward(mode):
     np.testing.assert_allclose(state.scores.top[0, 4:20], -np.sort(-want, axis=-1)[:, :3], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_stop_token_ends_its_row_alone_and_is_kept():
     model, _ = golden("qwen2_mixed")
     tokens, rows = pack(PROMPTS, SAMPLED, SEEDS)

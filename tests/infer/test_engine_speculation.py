@@ -72,6 +72,7 @@ def test_answers_are_those_of_plain_decoding_in_slots_that_refill():
     assert 0 < stats["accepted_tokens"] < stats["drafted_tokens"]
 
 
+@pytest.mark.slow
 def test_a_stream_says_the_same():
     said = {}
     with Engine(model(), max_seqs=4, speculation=drafting(), speculate="on") as engine:

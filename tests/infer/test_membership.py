@@ -196,6 +196,7 @@ def test_activations_are_those_of_a_single_text_run_layer_by_layer(stacked):
 
 
 @pytest.mark.parametrize("cfg", [CFG, TIED], ids=["head", "tied"])
+@pytest.mark.slow
 def test_log_probabilities_are_those_of_a_single_text(cfg):
     found = token_logps(model(cfg), TOKENIZER, TEXTS, batch=2)
     for text, logps in zip(TEXTS[:3], found, strict=False):

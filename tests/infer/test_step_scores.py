@@ -80,6 +80,7 @@ def test_one_pass_is_the_scoring_of_every_prefix(cfg):
     assert np.std([s for scores in got for s in scores]) > 0.01  # and they say something
 
 
+@pytest.mark.slow
 def test_neighbours_and_layers_as_a_tuple_change_nothing():
     unrolled = model()._replace(params=model().params | {"model": unstack_layers(model().params["model"])})
     for i, solution in enumerate(SOLUTIONS):

@@ -62,6 +62,7 @@ def test_kernels_give_values_and_gradients_of_the_dense_form(N, V, transform):
     assert_close(both("kernel", *given, **transform), both("dense", *given, **transform), 3e-6)
 
 
+@pytest.mark.slow
 def test_a_gpu_has_larger_tiles_and_the_same_numbers(monkeypatch):
     given = inputs(2500, 700)
     mask = jnp.arange(2500) % 3 == 1
@@ -76,6 +77,7 @@ def test_a_gpu_has_larger_tiles_and_the_same_numbers(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [17, 0, 16])
+@pytest.mark.slow
 def test_tokens_behind_the_mask_are_not_looked_at(number, monkeypatch):
     """With tiles of 16 tokens: a tile and one token, none, a whole tile."""
     monkeypatch.setattr(logit_tiles, "_held", lambda row, width: 16)
@@ -90,6 +92,7 @@ def test_tokens_behind_the_mask_are_not_looked_at(number, monkeypatch):
 
 @settings(max_examples=4)
 @given(N=st.integers(1, 70), V=st.integers(1, 600), rows=st.sampled_from([16, 32, 128]), seed=st.integers(0, 9))
+@pytest.mark.slow
 def test_any_size_in_any_tiles(N, V, rows, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logit_tiles, "_held", lambda row, width: rows)
@@ -99,6 +102,7 @@ def test_any_size_in_any_tiles(N, V, rows, seed):
         assert_close(both("kernel", *given, mask), both("dense", *given, mask), 3e-6)
 
 
+@pytest.mark.slow
 def test_large_logits_stay_finite_and_bfloat16_is_summed_in_float32():
     given = inputs(40, 300, spread=100.0)
     assert_close(both("kernel", *given), both("dense", *given), 1e-4)  # a float32 at 400 is known to 3e-5

@@ -287,6 +287,7 @@ def test_a_master_comes_back_to_the_bit_whatever_the_form(tmp_path):
     assert hf.load_master(GOLDENS / "qwen3")[1] == ()
 
 
+@pytest.mark.slow
 def test_a_master_has_the_bytes_of_the_table(tmp_path):
     """A byte a code, and two a scale or gain: one an output channel or group, and one an output channel and width."""
     arrays, facts = tensors(folder := written(tmp_path / "it")), hf.describe(tmp_path / "it")

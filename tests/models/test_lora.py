@@ -106,6 +106,7 @@ def decode(params, adapters, scale):
     return norm(x, params["norm"]) @ params["head"].T
 
 
+@pytest.mark.slow
 def test_the_merged_model_computes_what_the_unmerged_one_does():
     got = logits(Model(CFG, apply_lora(LORA, base(), trained())), TOKENS)
     want = decode(wide(unstack_layers(base())), wide(unstack_layers(trained())), 2 / 3)

@@ -148,6 +148,7 @@ def test_trained_weights_are_served_weights_to_the_bit(rules, form):
     equal(served_static(master, 4, rules, jnp.float32), tree_at(params, scales, jnp.int32(4), rules))
 
 
+@pytest.mark.slow
 def test_exporting_op_by_op_gives_what_a_compiled_step_trained():
     one = lambda tree: {"attn": {"o": tree["layers"]["attn"]["o"]}}
     params, scales, rules = one(base()), one(learned(MIXED)), ((".*/o", MIXED[0][1]),)

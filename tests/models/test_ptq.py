@@ -237,6 +237,7 @@ def test_the_second_forward_pass_is_the_first_to_the_bit(cfg):
         np.testing.assert_allclose(out, (*want.collected, hidden)[i + 1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_moments_are_sums_over_all_tokens_of_all_batches():
     got = second_moments(CFG, base(CFG), TOKENS)
     want = [layer_inputs(CFG, base(CFG), jnp.asarray(tokens))[1] for tokens in TOKENS]

@@ -176,6 +176,7 @@ def test_a_decoder_with_rewritten_norms_computes_the_same(form):
         assert all((new[block][name] == old[block][name]).all() for name in unchanged)
 
 
+@pytest.mark.slow
 def test_one_norm_alone_may_be_rewritten():
     some = {"mlp_norm": ratios(calibrated())["mlp_norm"]}
     new = reparameterise_norms(base(), some)

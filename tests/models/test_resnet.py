@@ -125,6 +125,7 @@ def test_the_float_network_is_that_of_loops(train):
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("bits", CFG.bits)
+@pytest.mark.slow
 def test_at_each_width_it_is_that_of_integers(bits, train):
     """Statistics of the other widths stay as they are."""
     _, _, params, stats, scales = networks()

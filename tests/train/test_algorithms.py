@@ -237,6 +237,7 @@ def learned(name, packing, micro=1):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_oracle(name):
     total, measured, told, (before, after) = learned(name, packing=False)
     wanted = oracle(name, options_of(name), before, after)

@@ -59,6 +59,7 @@ def test_the_state_and_the_position_come_back(tmp_path):
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_a_save_is_made_once_and_the_old_ones_go(tmp_path):
     cfg = CheckpointConfig(keep=2, keep_every=4)
     saved(tmp_path / "c", 3, 4, 5, 5, 6, 7, cfg=cfg)
@@ -197,7 +198,7 @@ def test_one_leaf_of_a_fingerprint_is_waited_for_before_the_next(monkeypatch):
     """Else room adds up, and jax 0.10 aborts once sums over CPU devices wait for each other."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.NamedSharding(mesh, jax.P("d"))
-    tree = {f"w{i}": jax.device_put(jnp.arange(8.0 * (1 + i)), spread) for i in range(24)}
+    tree = {f"w{i}": jax.device_put(np.arange(8.0, dtype=np.float32) + i, spread) for i in range(24)}
     whole, found = checkpoint._print_of, []
 
     def one(leaf):

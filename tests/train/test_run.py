@@ -112,6 +112,7 @@ SIGHTS = {
 }
 
 
+@pytest.mark.slow
 def test_killed_three_times_it_ends_as_if_it_had_not_been(undisturbed, tmp_path):
     out = tmp_path / "killed"
     command = ("sft", *OPTIONS, "--out", out)

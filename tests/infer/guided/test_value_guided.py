@@ -132,6 +132,7 @@ def test_tokens_are_those_of_a_loop_over_whole_prefixes(guide, setting, separate
     assert got != plain()  # the guide had a say
 
 
+@pytest.mark.slow
 def test_without_a_say_the_policy_decodes_as_it_would():
     assert guided(tvd(reward(), threshold=0.0, width=K)) == plain()
     cut = [Sampling(**{**vars(s), "top_k": K}) for s in SAMPLINGS]

@@ -39,6 +39,7 @@ def report():
     return measure(model, tokenizer, spec, questions, sampling=settings, repeats=2)
 
 
+@pytest.mark.slow
 def test_tokens_steps_and_shares_add_up(report):
     assert report["identical"] == 1.0
     assert report["lossless"]

@@ -237,6 +237,7 @@ def after(cfg, params, cache, path, kept, token):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.slow
 def test_what_follows_a_kept_path_is_as_if_it_had_been_read(name, seed):
     """Also from the root alone, and where the path's rows overlap those they move to."""
     model, rng = make_model(name), np.random.default_rng(10 + seed)

@@ -186,6 +186,7 @@ def test_wpo_weighs_pairs_by_the_likelihood_of_both():
     np.testing.assert_allclose(value, mean(each), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_ld_dpo_counts_what_lies_behind_the_shorter_answer_less():
     cfg = DpoConfig(ld_alpha=0.25)
     value, _, _ = evaluate("ld-dpo", *window(2, 3)[:2], cfg)
@@ -280,6 +281,7 @@ def test_kto_takes_no_gradient_from_mismatched_answers():
     assert all(slope[at].any() for at in places[::2])
 
 
+@pytest.mark.slow
 def test_bco_shifts_by_the_mean_of_all_rows_before():
     cfg = dataclasses.replace(OBJECTIVES["bco"].config, beta=0.2)
     begin, advance = OBJECTIVES["bco"].carry(cfg)

@@ -127,6 +127,7 @@ def test_no_gradient_passes_through_the_teacher(distill):
 
 @pytest.mark.optimizer
 @pytest.mark.parametrize("taught", [False, True])
+@pytest.mark.slow
 def test_ghost_learns_smoothed_labels_and_all_that_its_teacher_says(monkeypatch, taught):
     """Its forward pass is put aside: it has tests of its own, and takes long to compile."""
     z = jax.random.normal(jax.random.key(7), (6, 3))
@@ -148,6 +149,7 @@ def test_ghost_learns_smoothed_labels_and_all_that_its_teacher_says(monkeypatch,
 
 
 @pytest.mark.optimizer
+@pytest.mark.slow
 def test_the_gradient_in_the_statistics_is_the_way_they_go():
     _, joint = params()
     found = jitted(None)[1](joint, jnp.int32(4))["stats"]

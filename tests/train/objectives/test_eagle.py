@@ -177,6 +177,7 @@ def test_packed_rows_equal_examples_alone_through_the_networks():
     np.testing.assert_allclose([got[name] for name in NAMES], sums, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_no_gradient_reaches_the_target_and_all_of_the_drafter_has_one():
     run = parts_of(make_loss(CFG))
     loss = lambda params: (lambda parts: parts["regression"] + parts["cross_entropy"])(

@@ -200,6 +200,7 @@ def test_packed_rows_equal_examples_alone(kind):
 
 
 @pytest.mark.parametrize("kind", CFGS)
+@pytest.mark.slow
 def test_no_gradient_reaches_the_target_and_all_of_the_drafter_has_one(kind):
     _, grads = value_and_grad(kind)(weights(kind), BATCH)
     assert not any(np.asarray(g).any() for g in jax.tree.leaves(grads["target"]))

@@ -100,6 +100,7 @@ def test_the_whole_loss_is_exit_state_adapter_head_against_the_target_at_the_sam
         np.testing.assert_allclose(got[name][0], want[..., i], rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_packed_segments_are_as_good_as_rows_of_their_own():
     segments = [[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 0, 0]]
     data = batch(segments)

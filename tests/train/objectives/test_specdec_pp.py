@@ -211,6 +211,7 @@ def test_the_whole_loss_is_that_of_the_float64_loop(name):
         np.testing.assert_array_equal(got[name][1], drawn)
 
 
+@pytest.mark.slow
 def test_terms_are_counted_per_token_and_the_head_is_asked_of_both_classes():
     drafts = drafts_of("small", params("small"), batch(), U, COIN)
     logits = jnp.asarray(np.random.default_rng(5).normal(size=(B, T, 2)), jnp.float32)

@@ -449,6 +449,7 @@ def test_one_row_alone(bench):
     bench.check_identity(DRAFTER, verify.coupled(), corpus_for("llama"), only=2)
 
 
+@pytest.mark.slow
 def test_a_corpus_that_holds_the_answers_takes_fewer_steps(bench):
     plain = bench.plain()
     table = build_table(plain.lines, 2**10)  # of the size of the other: nothing new is compiled

@@ -61,6 +61,7 @@ def test_draws_without_replacement_are_judged_by_what_they_were_drawn_from(bench
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 6])
+@pytest.mark.slow
 def test_the_state_is_what_a_fresh_reading_of_the_text_gives(bench, steps):
     """True features and the tokens behind them, in one pass as training makes it: what is trained is served."""
     target = bench.targets["llama"]

@@ -39,6 +39,7 @@ def test_output_is_that_of_plain_decoding(bench, name, kind):
 
 
 @pytest.mark.parametrize("kind", ["contrastive", "mixture"])
+@pytest.mark.slow
 def test_the_state_is_what_a_fresh_reading_of_the_text_gives(bench, kind):
     target = bench.targets["llama"]
     cfg, params = drafter_of(target, kind)

@@ -168,6 +168,7 @@ def test_output_is_that_of_plain_decoding(kind, threshold, samplings):
 
 
 @pytest.mark.parametrize("kind", ["mode", "shared", "tree"])
+@pytest.mark.slow
 def test_a_stop_token_ends_its_row_in_the_middle_of_a_path(kind):
     w = bundle(kind, "same")
     tokens, rows = pack(SAMPLED)
@@ -237,6 +238,7 @@ def test_caches_are_those_of_the_text_whatever_was_accepted():
     pytest.fail(f"never met (drafted, accepted): {sorted(want - seen)}")
 
 
+@pytest.mark.slow
 def test_caches_of_a_tree_drafter_are_those_of_the_text():
     seen = set()
     for seed in range(4):
@@ -457,6 +459,7 @@ def test_a_tree_under_the_targets_noise_holds_what_the_target_will_draw():
     assert tau(got.tally) > 2.5
 
 
+@pytest.mark.slow
 def test_warped_drafts_of_an_adapter_that_knows_the_target_are_all_accepted():
     """Not so if q were recorded before temperature and cuts."""
     sharp = [Sampling(temperature=0.5, max_tokens=31), Sampling(temperature=1.5, top_k=3, max_tokens=11)]

@@ -43,6 +43,7 @@ def test_one_row_alone(bench):
     bench.check_identity(make_drafter(6), verify.coupled(), only=2)
 
 
+@pytest.mark.slow
 def test_text_that_repeats_itself_takes_fewer_steps(bench):
     """A tiny greedy model soon repeats itself, and then copies pay."""
     plain = bench.plain()

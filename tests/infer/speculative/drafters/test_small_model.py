@@ -104,6 +104,7 @@ def test_one_row_alone(bench, shaken):
         ("independent", 3, verify.k_seq(3)),
     ],
 )
+@pytest.mark.slow
 def test_the_target_as_its_own_drafter_has_every_draft_taken(bench, draw, chains, rule):
     """q = p: each step emits all drafts and one more, but for the last, which the row's end may cut."""
     drafts = 4 if chains == 1 else 3
@@ -120,6 +121,7 @@ def test_the_target_as_its_own_drafter_has_every_draft_taken(bench, draw, chains
     assert full >= (1.0 if chains == 1 else 0.97) * steps  # rho of q = p is 1 up to rounding
 
 
+@pytest.mark.slow
 def test_shared_noise_finds_more_than_the_mode_does_when_sampled(bench, shaken):
     """At temperature 1, one shaken model, the same number of drafts."""
     share = {}
@@ -136,6 +138,7 @@ def test_shared_noise_finds_more_than_the_mode_does_when_sampled(bench, shaken):
     ("draw", "chains", "stops"),
     [("shared", 1, True), ("shared", 1, False), pytest.param("independent", 3, False, marks=pytest.mark.proof)],
 )
+@pytest.mark.slow
 def test_the_cache_holds_what_a_fresh_reading_gives(bench, shaken, draw, chains, stops):
     """After every number of steps, rows that count as read are those of an uncached forward pass."""
     cfg = bench.targets["llama"]
