@@ -22,8 +22,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from ..jaxlib_ext.causal_attention import causal_attention
 from ..jaxlib_ext.qmm import QuantisedMatrix, multiply
-from ..jaxlib_ext.tree_attention import reference as attend
 from ..jaxlib_ext.tree_attention import tree_attention
 from ..sharding.rules import REPLICATED, Rules
 from .cache import KVCache, LayerCache, init_cache, write_rows
@@ -177,21 +177,6 @@ def project(x: jax.Array, w: nnx.Param, bias: nnx.Param | None = None, *, over: 
     return (y if bias is None else y + _over_last(bias[...], y.ndim)).astype(x.dtype)
 
 
-def attend_in_order(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], mask: Bool[Array, "B T T"]
-) -> Float[Array, "B T N H"]:
-    """`attend` where no query may see a row behind its own: what lies behind a block of queries is not computed.
-
-    Of T rows in blocks of c that leaves (1 + c / T) / 2 of the products, and of what is kept for the backward pass.
-    There are 8 blocks at most, of 128 rows or more: each is a part of the program.
-    """
-    T = q.shape[1]
-    size = max(128, -(-T // 8))
-    ends = [(first, min(first + size, T)) for first in range(0, T, size)]
-    parts = [attend(q[:, a:b], k[:, :b], v[:, :b], mask[:, a:b, :b]) for a, b in ends]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-
-
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions and an optional cache."""
 
@@ -232,8 +217,8 @@ class Attention(nnx.Module):
         if cache is not None and length is not None:
             cache = write_rows(cache, length, k, v)
             out = tree_attention(q, cache.k, cache.v, mask)  # the new rows too, as every later query will see them
-        else:  # slices of a row that is shared out would move
-            out = (attend if rules.ways(rules.seq) > 1 else attend_in_order)(q, k, v, mask)
+        else:
+            out = causal_attention(q, k, v, mask, rules.ways(rules.seq) > 1)
         return project(out, self.o, getattr(self, "o_bias", None), over=2), cache
 
 

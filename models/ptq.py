@@ -32,12 +32,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from ..jaxlib_ext.causal_attention import causal_attention
 from .decoder import (
     DecoderConfig,
     Layer,
     Params,
     Rope,
-    attend,
     make_rope,
     project,
     rms_norm,
@@ -169,7 +169,7 @@ def run_layer(
     q, k, v = (project(heads, getattr(attn, name), bias(attn, name)) for name in "qkv")
     if cfg.qk_norm:
         q, k = rms_norm(q, attn.q_norm[...], cfg.norm_eps), rms_norm(k, attn.k_norm[...], cfg.norm_eps)
-    mixed = attend(rotate(q, rope), rotate(k, rope), v, mask)
+    mixed = causal_attention(rotate(q, rope), rotate(k, rope), v, mask)
     x = x + project(mixed, attn.o, bias(attn, "o"), over=2)
     rows = rms_norm(x, layer.mlp_norm[...], cfg.norm_eps)
     gate, up = (project(rows, getattr(mlp, name), bias(mlp, name)) for name in ("gate", "up"))

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from jaxaroo.jaxlib_ext.causal_attention import causal_attention
 from jaxaroo.models import decoder, hf
 from jaxaroo.models.cache import dequantise_rows, quantise_rows
 from jaxaroo.models.decoder import (
     DecoderConfig,
     Model,
     RopeScaling,
-    attend,
     forward,
     init_params,
     lm_head,
@@ -137,7 +137,7 @@ def test_pieces_read_all_keys_and_values_as_they_are_kept(dtype, bits, monkeypat
     tokens, positions = batch()
     kept = lambda x: dequantise_rows(quantise_rows(x, bits), x.dtype)
     with monkeypatch.context() as patch:
-        patch.setattr(decoder, "attend", lambda q, k, v, mask: attend(q, kept(k), kept(v), mask))
+        patch.setattr(decoder, "causal_attention", lambda q, k, v, *how: causal_attention(q, kept(k), kept(v), *how))
         want = jax.jit(lambda p: forward(cfg, p, tokens, positions).hidden)(params)
     caches = []
     for pieces in ([12], [1] * 12, [5, 1, 6]):
@@ -215,39 +215,15 @@ def test_no_token_sees_a_later_one_nor_one_behind_its_window():
     np.testing.assert_array_equal(reach, (offset >= 0) & (offset < cfg.window))
 
 
-@pytest.mark.parametrize("length", [1, 127, 128, 129, 300, 1100])
-@pytest.mark.slow
-def test_attention_in_blocks_is_attention(length):
-    """Values and gradients, of several examples in a row too; blocks of 128 and, of 1,100 rows, of 138."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, c = (jax.random.normal(key, (2, length, n, 4)) for key, n in zip(keys, (4, 2, 2, 4), strict=True))
-    at, of = jnp.arange(length), jnp.arange(length) // 90
-    mask = (at[:, None] >= at[None]) & (of[:, None] == of[None])
-    mask = jnp.stack([mask, at[:, None] >= at[None]])
-    step = lambda f: jax.value_and_grad(lambda *qkv: (f(*qkv, mask) * c).sum(), argnums=(0, 1, 2))
-    got, want = (jax.jit(step(f))(q, k, v) for f in (decoder.attend_in_order, decoder.attend))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), got, want)
-
-
-@pytest.mark.parametrize(("length", "share"), [(256, 0.75), (512, 0.625), (1024, 0.5625), (4096, 0.5625)])
-def test_keys_behind_a_block_of_queries_are_not_multiplied(length, share):
-    """By the compiler's count; the last block ends with the row, so of 8 blocks it is 9 / 16 of the whole."""
-    shapes = [jax.ShapeDtypeStruct((1, length, 4, 32), jnp.float32)] * 3 + [
-        jax.ShapeDtypeStruct((1, length, length), bool)
-    ]
-    flops = lambda f: jax.jit(f).lower(*shapes).compile().cost_analysis()["flops"]
-    assert flops(decoder.attend_in_order) == pytest.approx(share * flops(decoder.attend), rel=0.02)
-
-
 @pytest.mark.parametrize(("sizes", "whole"), [((1, 1, 1, 8), True), ((2, 2, 2, 1), False)])
 def test_rows_that_are_shared_out_are_not_cut(sizes, whole, monkeypatch):
-    asked, attend = [], decoder.attend
-    monkeypatch.setattr(decoder, "attend", lambda q, k, *rest: asked.append(k.shape[1]) or attend(q, k, *rest))
+    asked = []
+    monkeypatch.setattr(decoder, "causal_attention", lambda *given: asked.append(given[-1]) or causal_attention(*given))
     tokens, positions = batch(8, 256)
     mesh = Mesh(np.array(jax.devices()).reshape(sizes), ("data", "fsdp", "tensor", "sequence"))
     with jax.set_mesh(mesh):
         jax.eval_shape(lambda p: forward(CFG, p, tokens, positions, rules=FSDP_TP_SEQ), unstack_layers(model().params))
-    assert asked == ([256] if whole else [128, 256]) * CFG.num_layers
+    assert asked == [whole] * CFG.num_layers
 
 
 @pytest.mark.slow
