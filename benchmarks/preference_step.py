@@ -77,6 +77,7 @@ def main() -> None:
     args.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     args.add_argument("--remat", choices=["none", "full"], default="none", help="what the backward pass does again")
     args.add_argument("--against", choices=["trl"])
+    args.add_argument("--results", help="name of the results file, if not that of the shape and the backend")
     args.add_argument("--resident", nargs=2, metavar=("SIDE", "OBJECTIVE"), help="measure the memory of one side alone")
     opts = args.parse_args()
     cfg = dataclasses.replace(SHAPES[opts.shape], dtype=opts.dtype)
@@ -95,7 +96,7 @@ def main() -> None:
     result["matmul_flops_per_second"] = rate = matmul_rate(cfg.dtype)
     for name in opts.objectives:
         result["objectives"][name] = measure(name, cfg, opts, rate)
-        record.save(f"preference-step-{opts.shape}-{jax.default_backend()}", result)
+        record.save(opts.results or f"preference-step-{opts.shape}-{jax.default_backend()}", result)
 
 
 def measure(name: str, cfg: DecoderConfig, opts: argparse.Namespace, rate: float) -> dict[str, Any]:
