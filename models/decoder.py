@@ -238,7 +238,8 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate = project(x, self.gate, getattr(self, "gate_bias", None))
         up = project(x, self.up, getattr(self, "up_bias", None))
-        return project(jax.nn.silu(gate) * up, self.down, getattr(self, "down_bias", None))
+        down = lambda gate, up: project(jax.nn.silu(gate) * up, self.down, getattr(self, "down_bias", None))
+        return jax.checkpoint(down)(gate, up)  # of this the backward pass keeps gate and up alone
 
 
 class Layer(nnx.Module):

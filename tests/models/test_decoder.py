@@ -226,6 +226,17 @@ def test_rows_that_are_shared_out_are_not_cut(sizes, whole, monkeypatch):
     assert asked == [whole] * CFG.num_layers
 
 
+def test_of_an_mlp_gate_and_up_are_all_that_is_kept():
+    """And nothing as large as scores; for the backward pass, of layers that are not computed again."""
+    cfg = dataclasses.replace(CFG, ffn_dim=56)
+    tokens, positions = batch(2, 24)
+    params = unstack_layers(jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0)))
+    kept = jax.eval_shape(lambda p: jax.vjp(lambda p: forward(cfg, p, tokens, positions).hidden, p)[1], params)
+    sizes = [x.size for x in jax.tree.leaves(kept) if x.dtype != bool]
+    assert sizes.count(2 * 24 * 56) == 2 * cfg.num_layers
+    assert 2 * cfg.num_heads * 24 * 24 not in sizes
+
+
 @pytest.mark.slow
 def test_padding_on_either_side_changes_nothing():
     tokens, _ = batch(1, 7)
