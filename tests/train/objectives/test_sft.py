@@ -64,8 +64,7 @@ def test_layout_and_saving_of_memory_reach_the_decoder():
         with jax.set_mesh(make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])):
             return str(jax.make_jaxpr(lambda params: loss(params, batch(), None)[0]["nll"].value)(param_shapes(cfg)))
 
-    assert "remat" not in program()
-    assert "remat" in program(remat="full")
+    assert program().count("remat") < program(remat="full").count("remat")
     rows = "spec=P(('data', 'fsdp')"
     assert rows not in program()
     assert rows in program(rules=FSDP_TP)
