@@ -64,11 +64,9 @@ def dtype_promotion(request):
 @pytest.fixture(autouse=True, scope="module")
 def let_go_of_programs():
     """Each compiled program maps pieces of memory, and Linux gives a process 65,530 of them: the whole suite in one
-    process needs more, and ends in a segmentation fault. Modules share what is small, so it is kept while it may be."""
+    process needs more, and ends in a segmentation fault."""
     yield
-    maps = Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 25_000:
-        jax.clear_caches()
+    jax.clear_caches()
 
 
 @pytest.fixture
