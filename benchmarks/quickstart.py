@@ -1,7 +1,8 @@
 """How long does the quick start take, from nothing, and what do its stages come to?
 
 `jaxaroo quickstart` in a process of its own, with an empty compilation cache; the package is installed already. Seconds
-are those of each command, figures what the commands said. The run that is no smoke test also draws docs/quickstart.png.
+are those of each command, figures what the commands said. The smoke test runs again, in another folder, with the
+programs that the first one kept, as in CI that keeps a cache. The run that is none also draws docs/quickstart.png.
 
     python -m benchmarks.quickstart
     python -m benchmarks.quickstart --smoke
@@ -20,6 +21,7 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 
 from benchmarks import record
+from jaxaroo.cli.main import CACHE_VARIABLE
 from jaxaroo.cli.stages import read_done
 
 KEPT = ("accuracy", "interval", "auroc", "kept", "solutions", "k", "majority", "pass_at", "best_of", "prompts", "pairs")
@@ -32,11 +34,9 @@ def main() -> None:
     environment = record.environment()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        env = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
-        command = [sys.executable, "-m", "jaxaroo.cli.main", "quickstart", "--out", str(out)]
-        began = time.monotonic()
-        subprocess.run([*command, *(["--smoke"] if opts.smoke else [])], env=env, check=True)
-        seconds = time.monotonic() - began
+        seconds = [_run(folder, out, opts.smoke)]
+        if opts.smoke:
+            seconds.append(_run(folder, Path(folder) / "again", opts.smoke))
         done = read_done(out)
         commands = [
             {"stage": ran.stage, "command": _shown(ran.command, folder), "seconds": round(ran.seconds, 1)}
@@ -52,7 +52,8 @@ def main() -> None:
         "benchmark": "quickstart",
         "environment": environment,
         "smoke": opts.smoke,
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds[0], 1),
+        "seconds_with_programs_kept": [round(s, 1) for s in seconds[1:]],
         "stages": {name: round(sum(ran.seconds for ran in done if ran.stage == name), 1) for name in names},
         "bits": [{key: m[key] for key in ("name", "perplexity", "accuracy", "total")} for m in measured],
         "drafts": {name: {k: found[k] for k in ("tau", "speedup", "identical")} for name, found in drafts.items()},
@@ -63,6 +64,17 @@ def main() -> None:
     record.save(f"quickstart{'-smoke' if opts.smoke else ''}-{environment['backend']}", result)
     if not opts.smoke:
         draw(result, Path(__file__).parents[1] / "docs" / "quickstart.png")
+
+
+def _run(folder: str, out: Path, smoke: bool) -> float:
+    """The command, with a cache that is this folder's; its seconds."""
+    env = {name: value for name, value in os.environ.items() if name != CACHE_VARIABLE}
+    command = [sys.executable, "-m", "jaxaroo.cli.main", "quickstart", "--out", str(out)]
+    began = time.monotonic()
+    subprocess.run(
+        [*command, *(["--smoke"] if smoke else [])], env=env | {"XDG_CACHE_HOME": f"{folder}/cache"}, check=True
+    )
+    return time.monotonic() - began
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

@@ -1,6 +1,7 @@
 """What the names put around the papers' losses. Oracles: float64 loops over examples, each with its own tokens."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -79,9 +80,15 @@ def count(name, cfg, batch):
 
 def evaluate(name, batch, arrays, cfg, carry=None):
     """The loss of a window of one micro-batch, its metrics, and its slope in every log-probability."""
+    (value, metrics), slope = _evaluate(name, batch, arrays, cfg, carry)
+    return float(value), {n: float(x) for n, x in metrics.items()}, np.asarray(slope)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _evaluate(name, batch, arrays, cfg, carry):
     objective = OBJECTIVES[name]
     parts = objective.parts(cfg)
-    number = {unit: float(n) for unit, n in count(name, cfg, batch).items()}
+    number = {unit: n.astype(jnp.float32) for unit, n in count(name, cfg, batch).items()}
     live = "reference" not in batch.more
 
     def loss(logp):
@@ -95,8 +102,7 @@ def evaluate(name, batch, arrays, cfg, carry=None):
         total = lambda t: jnp.sum(jnp.where(t.weight != 0, t.value, 0.0) * t.weight) / number[t.unit]
         return sum(map(total, terms.values())), {n: total(t) for n, t in (terms | metrics).items()}
 
-    (value, metrics), slope = jax.value_and_grad(loss, has_aux=True)(arrays["logp"])
-    return float(value), {n: float(x) for n, x in metrics.items()}, np.asarray(slope)
+    return jax.value_and_grad(loss, has_aux=True)(arrays["logp"])
 
 
 def carry_of(name, cfg):

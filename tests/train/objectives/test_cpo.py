@@ -1,5 +1,7 @@
 """Oracles: rows worked out by hand, float64 NumPy with gradients in closed form."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ PAIR = (
 )
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def gradients(w, l, cfg):
     total = lambda p_w, p_l: jnp.sum(cpo(w._replace(policy=p_w), l._replace(policy=p_l), cfg))
     return cpo(w, l, cfg), *jax.grad(total, argnums=(0, 1))(w.policy, l.policy)

@@ -1,5 +1,7 @@
 """Oracles: a row worked out by hand, a float64 loop, and DPO, which it is with one sample."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ def sums(r, reference=-20.0):
     return Sums(r + reference, jnp.full_like(r, reference), jnp.full_like(r, 7.0))
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def gradients(samples, rejected, cfg):
     total = lambda p, q: jnp.sum(d2o(samples._replace(policy=p), rejected._replace(policy=q), cfg))
     return d2o(samples, rejected, cfg), *jax.grad(total, argnums=(0, 1))(samples.policy, rejected.policy)

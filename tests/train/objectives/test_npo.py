@@ -1,5 +1,6 @@
 """Oracles: rows worked out by hand, float64 NumPy, and gradient ascent, which it becomes."""
 
+import functools
 import math
 
 import jax
@@ -16,6 +17,7 @@ def rows_of(r):
     return Sums(r - 8.0, jnp.full_like(r, -8.0), jnp.full_like(r, 4.0))
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def gradients(rows, beta):
     total = lambda p: jnp.sum(npo(rows._replace(policy=p), NpoConfig(beta=beta)))
     return npo(rows, NpoConfig(beta=beta)), jax.grad(total)(rows.policy)

@@ -1,5 +1,6 @@
 """Oracles: a row worked out by hand, float64 NumPy with gradients in closed form, and the definition of odds."""
 
+import functools
 import math
 
 import jax
@@ -16,6 +17,7 @@ def side(a, tokens):
     return Sums(jnp.asarray(a * tokens, jnp.float32), None, jnp.asarray(tokens, jnp.float32))
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def gradients(w, l, cfg):
     """Loss a pair, and its slopes in the averages."""
     total = lambda p_w, p_l: jnp.sum(orpo(w._replace(policy=p_w), l._replace(policy=p_l), cfg))

@@ -1,5 +1,7 @@
 """Oracles: a row worked out by hand, float64 NumPy with gradients in closed form."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ def side(a, tokens):
     return Sums(jnp.asarray(a * tokens, jnp.float32), None, jnp.asarray(tokens, jnp.float32))
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def gradients(w, l, cfg):
     total = lambda p_w, p_l: jnp.sum(simpo(w._replace(policy=p_w), l._replace(policy=p_l), cfg))
     g_w, g_l = jax.grad(total, argnums=(0, 1))(w.policy, l.policy)
