@@ -126,8 +126,9 @@ def switch_bits(
 ) -> Params:
     """The model at a width, ready to serve: `decoder.forward` takes it as it takes floats.
 
-    Integers alone, one pass over each master; at 8 bits the codes themselves serve. The master is left
-    as it is, and what is not quantised is the very same array, so several widths of one master can be held at once.
+    Integers alone, one pass over each master; at 8 bits the codes themselves serve, but for those of `o`, which are
+    copied to have their inputs on one axis. The master is left as it is, and what is not quantised is the very same
+    array, so several widths of one master can be held at once.
 
     Args:
       master: of `to_master` or `hf.load_master`, layers as a tuple.
@@ -152,7 +153,7 @@ def switch_bits(
         width: Any = _width(int(each[leaf.layer[0]] if leaf.layer else each[0]), leaf, stored["codes"].shape)
         codes, over = stored["codes"], INPUT_AXES[leaf.name.split("/")[-1]]
         return QuantisedMatrix(
-            planes=(codes,) if width == 8 else _repack(codes, over=over, master=cfg.master, bits=width),
+            planes=_whole(codes, over) if width == 8 else _repack(codes, over=over, master=cfg.master, bits=width),
             scale=stored["scale"],
             gain=stored["gain"][..., cfg.gain.index(width)] if width in cfg.gain else None,
             bits=width,
@@ -223,6 +224,11 @@ def path_name(path: tuple[Any, ...]) -> str:
 @functools.partial(jax.jit, static_argnames=("over", "master", "bits"))
 def _repack(codes: Array, *, over: int, master: int, bits: int) -> Any:
     return repack(codes.reshape(-1, math.prod(codes.shape[codes.ndim - over :])), master, bits)
+
+
+def _whole(codes: Array, over: int) -> tuple[Array]:
+    """The master's own codes, inputs on one axis: two would have a TPU write them anew in front of every product."""
+    return (codes if over == 1 else codes.reshape(*codes.shape[: codes.ndim - over], -1),)
 
 
 class _Leaf(NamedTuple):

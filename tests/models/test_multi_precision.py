@@ -37,7 +37,9 @@ from jaxaroo.models.multi_precision import (
     to_master,
     write_rules,
 )
+from jaxaroo.models.presets import preset
 from jaxaroo.models.quantise import QuantConfig, fake_quantise, init_scale, scale_of, snap
+from jaxaroo.sharding.topology import compile_for
 
 CFG = DecoderConfig(
     vocab_size=20, embed_dim=32, ffn_dim=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, qk_norm=True,
@@ -349,6 +351,31 @@ def test_switching_there_and_back_is_the_same_model_and_leaves_the_master_alone(
             assert up.scale is at(master()["layers"][i], "mlp/up")["scale"]
             assert (up.planes[0] is at(master()["layers"][i], "mlp/up")["codes"]) == (up.bits == 8)
         assert view["embed"] is master()["embed"]
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+def test_the_tpu_compiler_writes_no_codes_anew_while_it_decodes_at_eight_bits(libtpu):
+    """One layer of an 8B model: the codes of `o` have two axes of inputs, which a product would have to bring together."""
+    cfg = dataclasses.replace(preset("llama3-8b"), num_layers=1, vocab_size=1024, dtype="bfloat16")
+    rules = ((MATRICES, QuantConfig(bits=(8, 4))),)
+
+    def view():
+        params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), init_params(cfg, jax.random.key(0)))
+        return switch_bits(unstack_layers(to_master(params, init_scales(params, rules), rules)), 8, rules)
+
+    def step(params, tokens, cache):
+        return forward(cfg, params, tokens, tokens, cache=cache).hidden
+
+    given = (
+        jax.eval_shape(view),
+        jax.ShapeDtypeStruct((1, 1), jnp.int32),
+        jax.eval_shape(lambda: new_cache(cfg, 1, 512)),
+    )
+    program = compile_for("v5e", step, *given).as_text()
+    assert program.count('custom_call_target="tpu_custom_call"') >= len(WEIGHTS)
+    assert "s8[4096,4096]" in program
+    assert not re.search(r"= s8\[\S+\]\S* copy\(", program)
 
 
 def arrays(program):
