@@ -356,7 +356,7 @@ def test_switching_there_and_back_is_the_same_model_and_leaves_the_master_alone(
 @pytest.mark.aot
 @pytest.mark.slow
 def test_the_tpu_compiler_writes_no_codes_anew_while_it_decodes_at_eight_bits(libtpu):
-    """One layer of an 8B model: the codes of `o` have two axes of inputs, which a product would have to bring together."""
+    """One layer of an 8B model: the codes of `o` have two axes of inputs, and a product wants one."""
     cfg = dataclasses.replace(preset("llama3-8b"), num_layers=1, vocab_size=1024, dtype="bfloat16")
     rules = ((MATRICES, QuantConfig(bits=(8, 4))),)
 
