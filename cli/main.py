@@ -146,8 +146,10 @@ def _has_company() -> bool:
 
 
 def _use_compilation_cache() -> None:
-    """Compiled programs outlive the process, unless the environment says where else, or nowhere (empty): also those
-    of a fraction of a second, of which small models have many, but for those that are compiled as fast as read."""
+    """Compiled programs outlive the process, unless the environment says where else, or nowhere (empty).
+
+    Small models have many of a fraction of a second, so these are kept, too.
+    """
     if CACHE_VARIABLE not in os.environ:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         os.environ[CACHE_VARIABLE] = str(base / "jaxaroo" / "xla")
