@@ -42,7 +42,7 @@ Planes = tuple[Int32[Array, "..."] | Int8[Array, "..."], ...]  # int8 at 8 bits 
 class QuantisedMatrix:
     """A weight at one width, in the place of its float array; `decoder.project` multiplies by either."""
 
-    planes: Planes  # `[N, words]`; at 8 bits the master codes themselves, in the shape that they have
+    planes: Planes  # `[N, words]`; at 8 bits the master's codes, `[out..., K]`
     scale: Float[Array, "..."]  # `[out..., M]`, the master's, bfloat16
     gain: Float[Array, "..."] | None = None  # `[out...]`, of this width, bfloat16
     bits: int = dataclasses.field(metadata={"static": True})
