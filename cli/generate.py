@@ -39,6 +39,7 @@ def generate(
     kv_dtype: KVType | None = None,
     max_len: int | None = None,
     max_seqs: int = 8,
+    tensor: int = 1,
     speculation: Annotated[SpeculationConfig, tyro.conf.arg(name="")] = SpeculationConfig(),
     speculate: Literal["auto", "on", "off"] = "auto",
     guiding: Annotated[GuideConfig, tyro.conf.arg(name="")] = GuideConfig(),
@@ -69,6 +70,7 @@ def generate(
         round; that of the activations when not given.
       max_len: tokens of prompt and answer together.
       max_seqs: sequences decoded at the same time.
+      tensor: devices that serve the model together, each with its part of heads, MLPs and vocabulary.
       speculation: draft several tokens, judge them at once.
       speculate: whether to draft; auto does so while it is faster than plain decoding.
       guiding: let a reward model steer every token.
@@ -109,7 +111,8 @@ def generate(
         not (isinstance(p, list) and all(isinstance(t, int) for t in p)) for p in inputs
     )
     tokenizer = load_tokenizer(model) if needs_text or (model / "tokenizer.json").exists() else None
-    loaded, at_width = load_model(model, dtype=dtype, bits=bits, act=act, progress=sys.stderr.isatty())
+    served: Any = dict(dtype=dtype, bits=bits, act=act, tensor=tensor)
+    loaded, at_width = load_model(model, **served, progress=sys.stderr.isatty())
     drafting = load_speculation(speculation, loaded.config, tokenizer, at_width)
     if drafting is not None and speculate != "off" and not drafting.verifier.lossless:
         print(f"warning: {drafting.verifier.name}: what follows is not the model's own distribution", file=sys.stderr)

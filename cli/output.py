@@ -36,7 +36,9 @@ class Loaded(NamedTuple):
     at_width: Any  # int -> its parameters at that width; None for plain weights
 
 
-def load_model(folder: Path, *, dtype: Any = None, bits: str | None = None, act: Any = None, progress=False) -> Loaded:
+def load_model(
+    folder: Path, *, dtype: Any = None, bits: str | None = None, act: Any = None, tensor: int = 1, progress=False
+) -> Loaded:
     """Read a model, and switch a master to the width that is asked for: its highest when none is.
 
     Args:
@@ -44,18 +46,25 @@ def load_model(folder: Path, *, dtype: Any = None, bits: str | None = None, act:
       dtype: of weights and activations.
       bits: one width, or one a layer with commas between them; of a master alone.
       act: `int8` quantises what enters the matrices of a master as well.
+      tensor: devices that serve it together.
       progress: show a bar.
     """
     from ..models.hf import load_master
-    from ..models.multi_precision import switch_bits
+    from ..models.multi_precision import place, switch_bits
+    from ..sharding.rules import SERVING
 
-    model, quant = load_master(folder, dtype=dtype, progress=progress)
+    mesh = _mesh(tensor)
+    model, quant = load_master(folder, dtype=dtype, mesh=mesh, rules=SERVING, progress=progress)
     if not quant:
         if bits is not None or act is not None:
             what = "--bits" if bits is not None else "--act"
             raise ValueError(f"{what}: {folder} holds plain weights; expected a master (jaxaroo train qat).")
         return Loaded(model, None)
-    at_width = lambda width: switch_bits(model.params, width, quant, act=act)
+
+    def at_width(width: Any) -> Any:
+        params = switch_bits(model.params, width, quant, act=act)
+        return params if mesh is None else place(model._replace(params=params), mesh).params
+
     return Loaded(model._replace(params=at_width(8 if bits is None else read_bits(bits))), at_width)
 
 
@@ -97,3 +106,15 @@ def cut_half_line(path: Path) -> int:
         end = data.rfind(b"\n") + 1
         file.truncate(end)  # what is whole is not written anew, so that a stop here loses nothing
     return data[:end].count(b"\n")
+
+
+# ----------------------------------------------------------------------------------------------------------- private
+def _mesh(tensor: int) -> Any:
+    """The first devices, along tensor; None for one."""
+    import jax
+
+    from ..sharding.mesh import MeshConfig, make_mesh
+
+    if not 1 <= tensor <= jax.device_count():
+        raise UsageError(f"--tensor {tensor}: found {jax.device_count()} devices; expected 1 to as many as there are.")
+    return make_mesh(MeshConfig(fsdp=1, tensor=tensor), jax.devices()[:tensor]) if tensor > 1 else None

@@ -40,7 +40,7 @@ class Request:
       adapters: train all weights, or low-rank adapters to them.
       objective: of `plan preference`.
       algorithm: of `plan rl`.
-      bits: of the weights, of `plan decode`: 16, or 8, 6, 4, 3, 2 on one device.
+      bits: of the weights, of `plan decode`: 16, or 8, 6, 4, 3, 2.
       nodes: of `plan decode`: tokens a row reads in a step, as many as a tree of guesses has.
       drafter: of `plan decode`: a whole step of speculative decoding, with drafts of this kind.
     """

@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..models.cache import KVCache
 from ..models.decoder import DecoderConfig, Params, forward, lm_head, new_cache
+from ..sharding.rules import SERVING
+from .devices import pinned
 from .sampling import Counts, SamplingArrays, TokenScores, choose, score_tokens, warp
 
 RUNNING, STOPPED, FULL, INVALID = 0, 1, 2, 3  # why a row ended; INVALID: its logits were not finite
@@ -69,7 +71,7 @@ def prefill(
     """
     cache, hidden, _ = read_prompt(cfg, params, tokens, rows.prompt_length, chunk=chunk, cache_dtype=cache_dtype)
     state = begin(cfg, tokens, rows, cache, top_n)
-    return emit(cfg, params, state, rows, hidden, mode)
+    return pinned(emit(cfg, params, state, rows, hidden, mode))
 
 
 def read_prompt(
@@ -98,7 +100,7 @@ def read_prompt(
         part = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
         positions = jnp.broadcast_to(start + jnp.arange(chunk)[None], (B, chunk))
         committed = cache._replace(length=jnp.full(B, start, jnp.int32))
-        out = forward(cfg, params, part, positions, cache=committed, collect=collect)
+        out = forward(cfg, params, part, positions, cache=committed, collect=collect, rules=SERVING)
         here = jnp.clip(last - start, 0, chunk - 1)
         row_hidden = jnp.take_along_axis(out.hidden, here[:, None, None], axis=1)
         hidden = jnp.where((last // chunk == i)[:, None, None], row_hidden, hidden)
@@ -161,7 +163,7 @@ def decode(
         state, hidden = read_last(cfg, params, state)
         return i + 1, emit(cfg, params, state, rows, hidden, mode)
 
-    return jax.lax.while_loop(running, step, (jnp.int32(0), state._replace(status=status)))[1]
+    return pinned(jax.lax.while_loop(running, step, (jnp.int32(0), state._replace(status=status)))[1])
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
@@ -170,7 +172,7 @@ def insert(
 ) -> tuple[DecodeState, Rows]:
     """Put freshly prefilled rows into slots whose rows have ended; slots past B are dropped."""
     put = lambda old, new: old.at[slots].set(new, mode="drop")
-    return jax.tree.map(put, state, new_state), jax.tree.map(put, rows, new_rows)
+    return pinned(jax.tree.map(put, state, new_state)), jax.tree.map(put, rows, new_rows)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "chunk", "top_n"))
@@ -183,11 +185,11 @@ def score_prompt(
     """
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
-    hidden = forward(cfg, params, tokens, positions).hidden
+    hidden = forward(cfg, params, tokens, positions, rules=SERVING).hidden
     target = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
 
     def tile(args: tuple[jax.Array, jax.Array]) -> TokenScores:
-        return score_tokens(lm_head(cfg, params, args[0]), args[1], top_n)
+        return score_tokens(lm_head(cfg, params, args[0], rules=SERVING), args[1], top_n)
 
     split = lambda a: jnp.moveaxis(a.reshape(B, T // chunk, chunk, *a.shape[2:]), 1, 0)
     tiles = jax.lax.map(tile, (split(hidden), split(target)))  # [T / chunk, B, chunk, ...]
@@ -247,7 +249,7 @@ def read_last(cfg: DecoderConfig, params: Params, state: DecodeState) -> tuple[D
     """Read the token that was written last, and commit its row to the cache where the row runs."""
     position = state.cache.length[:, None]
     token = jnp.take_along_axis(state.tokens, position, axis=1, mode="clip")
-    out = forward(cfg, params, token, position, cache=state.cache)
+    out = forward(cfg, params, token, position, cache=state.cache, rules=SERVING)
     assert out.cache is not None
     length = state.cache.length + (state.status == RUNNING).astype(jnp.int32)
     return state._replace(cache=out.cache._replace(length=length)), out.hidden
@@ -262,7 +264,7 @@ def emit(
     mode: LogprobsMode,
 ) -> DecodeState:
     """Sample the token at position `filled` of every running row from its last hidden state."""
-    z, finite = finite_or_zero(lm_head(cfg, params, hidden)[:, 0])
+    z, finite = finite_or_zero(lm_head(cfg, params, hidden, rules=SERVING)[:, 0])
     warped = warp(z, rows.sampling, state.counts)
     token = choose(warped, rows.sampling, state.filled)
     return record(state, rows, token, z, warped, finite, state.status == RUNNING, mode)

@@ -7,13 +7,14 @@ has been seen once nothing compiles again, whatever the settings. The host reads
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, overload
 
@@ -23,6 +24,7 @@ import numpy as np
 from ..models.decoder import Model, Params, unstack_layers
 from ..models.tokenizer import Tokenizer
 from . import decode as device
+from .devices import beside, check_memory, mesh_of, on_mesh
 from .guided import value_guided
 from .guided.value_guided import Guidance
 from .requests import (
@@ -91,7 +93,8 @@ class Engine:
         """Take a model into service.
 
         Args:
-          model: config and parameters, as `jaxaroo.load` gives them; stacked layers are unstacked.
+          model: config and parameters, as `jaxaroo.load` gives them; stacked layers are unstacked. It is served on the
+            mesh that they lie on (`devices.py`).
           tokenizer: needed for text, chat and stop strings; token ids work without.
           max_len: tokens per sequence, prompt and answer together; None is what the model was trained for.
           max_seqs: sequences decoded at the same time.
@@ -124,14 +127,15 @@ class Engine:
         if speculate not in ("auto", "on", "off"):
             raise ValueError(f"Engine: speculate={speculate!r}; expected 'auto', 'on' or 'off'.")
         self.config, self.tokenizer = model.config, tokenizer
-        self.speculation = None if speculate == "off" else speculation
-        self.guidance = guidance
+        self._params: Params | None = unstack_layers(model.params)
+        self._mesh = mesh_of(self._params)
+        self.speculation = None if speculate == "off" else beside(speculation, self._mesh)
+        self.guidance = beside(guidance, self._mesh)
         self._weighs = speculate == "auto" and speculation is not None and speculation.verifier == coupled()
         self._pace = controller.init(_PACE, (0, *(drafter.depth for drafter in arms)))
         self._compiled: set[tuple[int, ...]] = set()  # arms and shapes that have run: the first call says nothing
         self._catch_up = 0.0  # seconds it took last
         self.max_len, self.max_seqs = max_len or model.config.max_positions, max_seqs
-        self._params: Params | None = unstack_layers(model.params)
         self._kv_dtype, self._mode = kv_dtype, logprobs_mode
         self._eos = frozenset(model.config.eos_ids) | frozenset(tokenizer.eos_ids if tokenizer else ())
         self._seeds = np.random.default_rng(seed)
@@ -232,7 +236,8 @@ class Engine:
         if old_shapes != new_shapes:
             raise ValueError("update_weights: the tree, a shape or a dtype differs from the served model's.")
         with self._lock:
-            self._params = new
+            at = jax.tree.map(lambda w: w.sharding, self._live_params())
+            self._params = new if self._mesh is None else jax.device_put(new, at)
 
     def stats(self) -> dict[str, float]:
         """Counters since the engine was made; seconds are of device calls, compilation included."""
@@ -278,6 +283,12 @@ class Engine:
         self._stats["failed_requests"] += 1
         return Result(request_id, ids, [], None, Timings(0.0, 0.0, 0.0), error)
 
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Alone with the devices."""
+        with self._lock, on_mesh(self._mesh):
+            yield
+
     def _live_params(self) -> Params:
         if self._params is None:
             raise RuntimeError("Engine: found it closed; expected an open one. Make a new Engine.")
@@ -310,10 +321,9 @@ class Engine:
         T = _bucket(len(ids), 16)
         tokens = np.zeros((1, T), np.int32)
         tokens[0, : len(ids)] = ids
-        scores = device.score_prompt(
-            self.config, self._live_params(), tokens, chunk=min(T, PREFILL_CHUNKS[-1]), top_n=MAX_LOGPROBS if top else 0
-        )
-        host = jax.device_get(scores)
+        sizes: Any = dict(chunk=min(T, PREFILL_CHUNKS[-1]), top_n=MAX_LOGPROBS if top else 0)
+        with on_mesh(self._mesh):
+            host = jax.device_get(device.score_prompt(self.config, self._live_params(), tokens, **sizes))
         return [None] + [_logprob(ids[t + 1], host, (0, t), top) for t in range(len(ids) - 1)]
 
 
@@ -353,7 +363,7 @@ class _Call:
             else:
                 halt = np.array([s is None for s in self.slots])
                 steps = np.int32(min(self.chunk, BUSY_CHUNK) if self.waiting else self.chunk)
-                with engine._lock:
+                with engine._turn():
                     start = time.perf_counter()
                     state = jax.block_until_ready(self._advance(state, rows, halt, steps))
                     engine._stats["decode_seconds"] += time.perf_counter() - start
@@ -385,8 +395,8 @@ class _Call:
         chunk = self._prefill_chunk(longest)
         if state is None:
             planned = lambda: self._prefill(tokens, new_rows, chunk)
-            _check_memory(engine._live_params(), self.batch, self.capacity, planned)
-        with engine._lock:
+            check_memory(engine._live_params(), self.batch, self.capacity, planned)
+        with engine._turn():
             new_state = self._prefill(tokens, new_rows, chunk)
             if state is None:
                 state, rows = new_state, new_rows
@@ -576,24 +586,3 @@ def _int32(values: Any) -> Any:
 def _logprob(token: int, scores: Any, at: tuple[int, int], top: int) -> TokenLogprob:
     pairs = zip(scores.top_ids[at][:top].tolist(), scores.top[at][:top].tolist(), strict=True)
     return TokenLogprob(token, float(scores.chosen[at]), tuple(pairs))
-
-
-def _check_memory(params: Params, batch: int, capacity: int, prefill: Callable[[], Any]) -> None:
-    """Refuse a state that cannot fit, caches of a drafter included, before the device says so in its own words."""
-    if (free := _free_bytes(params)) is None:
-        return
-    if (need := _bytes_of(jax.eval_shape(prefill))) > free:
-        raise MemoryError(
-            f"generate: the cache of {batch} sequences of {capacity} tokens needs {need / 2**30:.2f} GiB; "
-            f"{free / 2**30:.2f} GiB are free. Lower max_seqs or max_tokens, or set kv_dtype."
-        )
-
-
-def _bytes_of(state: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-
-
-def _free_bytes(params: Params) -> int | None:
-    """What the device that holds the weights has left; None where it does not say (CPU)."""
-    stats = next(iter(jax.tree.leaves(params)[0].devices())).memory_stats() or {}
-    return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None

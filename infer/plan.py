@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from ..models import eagle, jakiro, kangaroo
 from ..models.cache import KVCache
@@ -16,22 +16,21 @@ from ..models.decoder import (
     init_params,
     lm_head,
     new_cache,
-    param_axes,
     unstack_layers,
 )
-from ..models.multi_precision import QuantRules, init_scales, switch_bits, to_master
+from ..models.multi_precision import QuantRules, init_scales, placements, switch_bits, to_master
 from ..models.quantise import QuantConfig
 from ..sharding.mesh import batch_ways
 from ..sharding.plan import Compiling, Plan, plan
-from ..sharding.rules import FSDP_TP, divisible
+from ..sharding.rules import SERVING, divisible
 from .decode import Rows
+from .devices import row_specs
 from .sampling import Sampling, pack_sampling
 from .speculative import loop, verify
 from .speculative.drafters import lookup
 from .speculative.load import drafter_params, with_drafter
 from .speculative.settings import SpeculationConfig
 
-RULES = dataclasses.replace(FSDP_TP, embed=None)  # weights lie whole along fsdp: a step would gather all of them
 WIDTHS = (8, 6, 4, 3, 2)
 DRAFTERS = ("lookup", "eagle", "jakiro", "kangaroo")
 
@@ -56,24 +55,23 @@ def plan_decoding(
       rows: sequences that are decoded at once.
       capacity: rows of the cache of each.
       nodes: tokens of a row that are read in one step; 1 is plain decoding.
-      bits: of the matrices of the layers, 16 or one of `WIDTHS`; fewer than 16 on one device alone.
+      bits: of the matrices of the layers, 16 or one of `WIDTHS`.
       how: as `sharding.plan.plan` takes it.
 
     Raises:
-      ValueError: for rows that the mesh does not divide, or widths that it does not serve.
+      ValueError: for rows that the mesh does not divide, or another width.
     """
-    if bits != 16 and (bits not in WIDTHS or mesh.size > 1):
-        found = f"bits={bits} on {mesh.size} devices"
-        raise ValueError(f"plan decode: {found}; expected 16, or one of {WIDTHS} on one device.")
+    if bits != 16 and bits not in WIDTHS:
+        raise ValueError(f"plan decode: bits={bits}; expected 16, or one of {WIDTHS}.")
     _check_rows(mesh, rows)
     cfg = dataclasses.replace(config, dtype="bfloat16")
     weights, cache = _weights(cfg, mesh, bits), _cache(cfg, mesh, rows, capacity)
-    spec = divisible(RULES.spec("batch", None), (rows, nodes), mesh.shape, "tokens")
+    spec = divisible(SERVING.spec("batch", None), (rows, nodes), mesh.shape, "tokens")
     tokens = jax.ShapeDtypeStruct((rows, nodes), jnp.int32, sharding=NamedSharding(mesh, spec))
 
     def step(params: Any, tokens: Any, positions: Any, cache: KVCache):
-        out = forward(cfg, params, tokens, positions, cache=cache, rules=RULES)
-        return jnp.argmax(lm_head(cfg, params, out.hidden, rules=RULES), axis=-1), out.cache
+        out = forward(cfg, params, tokens, positions, cache=cache, rules=SERVING)
+        return jnp.argmax(lm_head(cfg, params, out.hidden, rules=SERVING), axis=-1), out.cache
 
     places = jax.tree.map(lambda x: x.sharding, cache)
     run = jax.jit(step, donate_argnums=3, out_shardings=(None, places))
@@ -121,7 +119,7 @@ def plan_speculation(
         network, init, axes = _network(drafter, cfg)
         drafting = with_drafter(asked, network)
         own = jax.eval_shape(lambda: jax.tree.map(_half, init(network, jax.random.key(0))))
-        places = RULES.shardings(mesh, axes(network), own)
+        places = SERVING.shardings(mesh, axes(network), own)
         own = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), own, places)
         own = drafter_params(asked, network, own)
     weights = loop.Weights(_weights(cfg, mesh, 16), own, ())
@@ -145,23 +143,12 @@ def _weights(cfg: DecoderConfig, mesh: Mesh, bits: int) -> Any:
     def served():
         params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), init_params(cfg, jax.random.key(0)))
         if bits == 16:
-            return params
+            return unstack_layers(params)
         return switch_bits(unstack_layers(to_master(params, init_scales(params, rules), rules)), bits, rules)
 
     shapes = jax.eval_shape(served)
-    if bits != 16:
-        whole = NamedSharding(mesh, PartitionSpec())
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
-    places = RULES.shardings(mesh, param_axes(cfg), shapes)
-    one = lambda x, at: jax.ShapeDtypeStruct(
-        x.shape[1:], x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*at.spec[1:]))
-    )
-    layer = jax.tree.map(one, shapes["layers"], places["layers"])
-    ends = {k: v for k, v in shapes.items() if k != "layers"}
-    held = jax.tree.map(
-        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), ends, {k: places[k] for k in ends}
-    )
-    return held | {"layers": (layer,) * cfg.num_layers}
+    places = placements(cfg, shapes, mesh)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
 
 
 def _network(drafter: str, cfg: DecoderConfig) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
@@ -175,7 +162,7 @@ def _network(drafter: str, cfg: DecoderConfig) -> tuple[Any, Callable[..., Any],
 
 
 def _check_rows(mesh: Mesh, rows: int) -> None:
-    ways, words = batch_ways(mesh, RULES)
+    ways, words = batch_ways(mesh, SERVING)
     if rows % ways:
         raise ValueError(f"plan decode: {rows} rows on the parts {words}; expected a multiple of {ways}.")
 
@@ -189,14 +176,5 @@ def _cache(cfg: DecoderConfig, mesh: Mesh, rows: int, capacity: int) -> Any:
 
 
 def _by_rows(tree: Any, mesh: Mesh) -> Any:
-    """Rows of a batch along data and fsdp, and heads of caches along tensor."""
-
-    def one(names: tuple[str | None, ...], x: Any) -> jax.ShapeDtypeStruct:
-        spec = divisible(RULES.spec(*names[: x.ndim]), x.shape, mesh.shape, "state")
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
-    def each(x: Any) -> Any:
-        cached = isinstance(x, KVCache)
-        return jax.tree.map(lambda leaf: one(("batch", None, "kv_heads" if cached else None, None), leaf), x)
-
-    return jax.tree.map(each, tree, is_leaf=lambda x: isinstance(x, KVCache))
+    place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+    return jax.tree.map(place, tree, row_specs(tree, mesh.shape))

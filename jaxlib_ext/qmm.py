@@ -21,14 +21,17 @@ Letters: N outputs, K inputs, M groups of inputs.
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int8, Int32
 
+from ..sharding.rules import Axis, ways
 from . import qmm_gpu
 from .dispatch import Impl, Kernel, run
 
@@ -54,6 +57,14 @@ class QuantisedMatrix:
     def nbytes(self) -> int:
         """On its device: words, scales and gains."""
         return sum(x.nbytes for x in jax.tree.leaves(self))
+
+
+class Layout(NamedTuple):
+    """Along which axes of the mesh that is set a product is to lie; None where it lies whole."""
+
+    rows: tuple[Axis, ...]  # each leading dimension of x
+    outputs: Axis
+    inputs: Axis
 
 
 class _Static(NamedTuple):
@@ -343,12 +354,57 @@ def qmm(
     return y.reshape(*x.shape[:-1], y.shape[1]).astype(dtype or x.dtype)
 
 
-def multiply(x: Float[Array, "B K"], w: QuantisedMatrix) -> Float[Array, "B N"]:
-    """`x @ W^T` in float32, for what is added to it; gains come last, as scales do."""
-    N = math.prod(w.shape) // x.shape[-1]
-    planes = tuple(p.reshape(N, -1) for p in w.planes)
-    y = qmm(x, planes, w.scale.reshape(N, -1), bits=w.bits, master=w.master, act=w.act, dtype=jnp.float32)
-    return y if w.gain is None else y * w.gain.astype(jnp.float32).reshape(1, N)
+def multiply(x: Float[Array, "*lead K"], w: QuantisedMatrix, layout: Layout | None = None) -> Float[Array, "*lead N"]:
+    """`x @ W^T` in float32, for what is added to it; gains come last, as scales do.
+
+    On a mesh each device multiplies its own inputs by its own part of the matrix, with the kernel of its kind, and sums
+    over parts of inputs are added up between devices.
+
+    Args:
+      x: float32 or bfloat16.
+      w: whole, or on the mesh as `shardings` says.
+      layout: what lies where. Without it, and without a mesh of several devices, all is in one place.
+    """
+    K, mesh = x.shape[-1], jax.sharding.get_abstract_mesh()
+    N = math.prod(w.shape) // K
+    planes, scale = tuple(p.reshape(N, -1) for p in w.planes), w.scale.reshape(N, -1)
+    product = functools.partial(qmm, bits=w.bits, master=w.master, act=w.act, dtype=jnp.float32)
+    if layout is not None and mesh.size > 1 and not mesh.are_all_axes_manual:
+        over = next(n for n in range(1, len(w.shape)) if math.prod(w.shape[-n:]) == K)
+        outputs, inputs = _divided(w, over, layout.outputs, layout.inputs, mesh.shape)
+        part = lambda *given: product(*given) if inputs is None else jax.lax.psum(product(*given), inputs)
+        held = PartitionSpec(outputs, inputs), PartitionSpec(outputs, inputs if scale.shape[1] > 1 else None)
+        ins, out = (PartitionSpec(*layout.rows, inputs), *held), PartitionSpec(*layout.rows, outputs)
+        y = jax.shard_map(part, in_specs=ins, out_specs=out, check_vma=False)(x, planes, scale)
+    else:
+        y = product(x, planes, scale)
+    return y if w.gain is None else y * w.gain.astype(jnp.float32).reshape(*(1,) * (x.ndim - 1), N)
+
+
+def shardings(w: QuantisedMatrix, over: int, outputs: Axis, inputs: Axis, mesh: Mesh) -> QuantisedMatrix:
+    """Where the arrays of a matrix lie so that `multiply` finds them in place.
+
+    What cannot be cut lies whole: packed inputs in other than blocks of 128, groups of inputs, and inputs that are
+    quantised, for their scale is one of all of them.
+
+    Args:
+      w: the matrix, or its shapes.
+      over: how many trailing axes of its weight are inputs.
+      outputs: the mesh axes of the first axis of the weight.
+      inputs: those of the first of its inputs.
+      mesh: of the devices.
+    """
+    outputs, inputs = _divided(w, over, outputs, inputs, mesh.shape)
+
+    def place(ndim: int, last: Axis) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(outputs, *(None,) * (ndim - 2), *(last,) * (ndim > 1)))
+
+    return dataclasses.replace(
+        w,
+        planes=tuple(place(p.ndim, inputs) for p in w.planes),
+        scale=place(w.scale.ndim, inputs if w.scale.shape[-1] > 1 else None),
+        gain=None if w.gain is None else place(w.gain.ndim, None),
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- private
@@ -374,6 +430,15 @@ def _described(x: Array, w: Array | Planes, scale: Array, bits: Any, master: int
     if static and bits == master:
         return planes, _Static((8,), 8, None, act)  # as they are, whatever their own width
     return planes, _Static((8,), bits if static else None, master, act)
+
+
+def _divided(w: QuantisedMatrix, over: int, outputs: Axis, inputs: Axis, sizes: Mapping[str, int]) -> tuple[Axis, Axis]:
+    """Of the mesh axes of outputs and inputs those along which parts are matrices of the same form."""
+    n, k = ways(outputs, sizes), ways(inputs, sizes)
+    K, groups = math.prod(w.shape[-over:]), w.scale.shape[-1]
+    unit = math.lcm(1 if w.bits == 8 else BLOCK, 1 if groups == 1 else K // groups)
+    apart = w.shape[-over] % k == 0 and K % (k * unit) == 0 and w.act is None
+    return outputs if w.shape[0] % n == 0 else None, inputs if apart else None
 
 
 def _plane_widths(bits: int) -> tuple[int, ...]:

@@ -21,8 +21,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, BFloat16, Bool, Float, Int32, UInt8
 
+from ..sharding.rules import Axis
 from . import tree_attention_gpu
 from .dispatch import Impl, Kernel, run
 
@@ -261,6 +263,7 @@ def tree_attention(
     *,
     softcap: float | None = None,
     parts: int = 1,
+    layout: tuple[Axis, Axis] | None = None,
     impl: Impl = "auto",
 ) -> Float[Array, "B T N H"]:
     """Attend to the rows of a cache.
@@ -272,6 +275,8 @@ def tree_attention(
       mask: which rows each query sees. What a query that sees none gets is finite, and nothing else is promised.
       softcap: scores become `softcap * tanh(score / softcap)`.
       parts: into how many parts the kernel of TPUs cuts the cache: as many as the chip has cores, at batch 1.
+      layout: along which axes of the mesh that is set sequences and key-value heads lie; sizes have to divide. Then
+        each device attends to its own, with the kernel of its kind. Without it a mesh of several is left to XLA.
       impl: as `dispatch.run` takes it. Kernels serve up to 64 nodes.
     """
     codes = getattr(k, "codes", None)
@@ -284,6 +289,12 @@ def tree_attention(
         )
     if parts < 1:
         raise ValueError(f"tree_attention: parts={parts}; expected 1 or more.")
+    mesh = jax.sharding.get_abstract_mesh()
+    if layout is not None and mesh.size > 1 and not mesh.are_all_axes_manual:
+        own = functools.partial(tree_attention, softcap=softcap, parts=parts, impl=impl)
+        heads = PartitionSpec(layout[0], None, layout[1])  # of queries, of rows, of their scales and zeros
+        ins = heads, heads, heads, PartitionSpec(layout[0])
+        return jax.shard_map(own, in_specs=ins, out_specs=heads, check_vma=False)(q, k, v, mask)
     width = 4 if bits else jnp.dtype(getattr(k, "dtype", q.dtype)).itemsize  # codes are spread into 4 bytes
     block = max(128, (1 << 20) // (math.prod(rows[2:]) * width) // 128 * 128)
     o = _Static(softcap, min(block, 512, rows[1] + -rows[1] % 128), parts, bits)

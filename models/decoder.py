@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ..jaxlib_ext.causal_attention import causal_attention
-from ..jaxlib_ext.qmm import QuantisedMatrix, multiply
+from ..jaxlib_ext.qmm import Layout, QuantisedMatrix, multiply
 from ..jaxlib_ext.tree_attention import tree_attention
 from ..sharding.rules import REPLICATED, Rules
 from .cache import KVCache, LayerCache, init_cache, write_rows
@@ -160,18 +160,23 @@ def rms_norm(x: Float[Array, "... D"], gain: Float[Array, " D"], eps: float) -> 
     return (f * _over_last(gain, x.ndim)).astype(x.dtype)
 
 
-def project(x: jax.Array, w: nnx.Param, bias: nnx.Param | None = None, *, over: int = 1) -> jax.Array:
+def project(
+    x: jax.Array, w: nnx.Param, bias: nnx.Param | None = None, *, over: int = 1, rules: Rules = REPLICATED
+) -> jax.Array:
     """Multiply the last `over` axes of x by those of an `[out, in]` weight, in x's dtype, accumulating in float32.
 
     Both are flattened to matrices first: with split heads XLA transposes the weight on every call (CPU). In the place
-    of a weight may stand a `QuantisedMatrix`.
+    of a weight may stand a `QuantisedMatrix`; `rules` say where it lies.
     """
     batch, out = x.shape[: x.ndim - over], w.shape[: len(w.shape) - over]
-    rows, table = x.reshape(math.prod(batch), -1), w.get_value()
+    table = w.get_value()
     if isinstance(table, QuantisedMatrix):
-        y = multiply(rows, table)
+        names = w.get_metadata("axes")
+        rows = tuple(rules.places(batch, *("batch", "seq", *(None,) * len(batch))[: len(batch)]))
+        (outputs,), (inputs,) = rules.spec(names[0]), rules.spec(names[-over])
+        y = multiply(x.reshape(*batch, -1), table, Layout(rows, outputs, inputs))
     else:
-        table = table.reshape(math.prod(out), -1).astype(x.dtype)
+        rows, table = x.reshape(math.prod(batch), -1), table.reshape(math.prod(out), -1).astype(x.dtype)
         y = jnp.einsum("mi,oi->mo", rows, table, preferred_element_type=jnp.float32)
     y = y.reshape(*batch, *out)
     return (y if bias is None else y + _over_last(bias[...], y.ndim)).astype(x.dtype)
@@ -206,9 +211,9 @@ class Attention(nnx.Module):
         length: Int[Array, " B"] | None,
         rules: Rules,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        q = project(x, self.q, getattr(self, "q_bias", None))
-        k = project(x, self.k, getattr(self, "k_bias", None))
-        v = project(x, self.v, getattr(self, "v_bias", None))
+        q = project(x, self.q, getattr(self, "q_bias", None), rules=rules)
+        k = project(x, self.k, getattr(self, "k_bias", None), rules=rules)
+        v = project(x, self.v, getattr(self, "v_bias", None), rules=rules)
         if hasattr(self, "q_norm"):
             q = rms_norm(q, self.q_norm[...], self.norm_eps)
             k = rms_norm(k, self.k_norm[...], self.norm_eps)
@@ -216,10 +221,13 @@ class Attention(nnx.Module):
         k = rotate(k, rope)
         if cache is not None and length is not None:
             cache = write_rows(cache, length, k, v)
-            out = tree_attention(q, cache.k, cache.v, mask)  # the new rows too, as every later query will see them
+            batch, heads = rules.places((k.shape[0], k.shape[2]), "batch", "kv_heads")
+            layout = (batch, heads) if heads == rules.kv_heads else None  # heads that do not divide are XLA's
+            # The new rows too, as every later query will see them.
+            out = tree_attention(q, cache.k, cache.v, mask, layout=layout)
         else:
             out = causal_attention(q, k, v, mask, rules.ways(rules.seq) > 1)
-        return project(out, self.o, getattr(self, "o_bias", None), over=2), cache
+        return project(out, self.o, getattr(self, "o_bias", None), over=2, rules=rules), cache
 
 
 class MLP(nnx.Module):
@@ -235,10 +243,11 @@ class MLP(nnx.Module):
             self.up_bias = constant(0.0, (F,), ("ffn",))
             self.down_bias = constant(0.0, (D,), ("embed",))
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = project(x, self.gate, getattr(self, "gate_bias", None))
-        up = project(x, self.up, getattr(self, "up_bias", None))
-        down = lambda gate, up: project(jax.nn.silu(gate) * up, self.down, getattr(self, "down_bias", None))
+    def __call__(self, x: Float[Array, "B T D"], rules: Rules) -> Float[Array, "B T D"]:
+        gate = project(x, self.gate, getattr(self, "gate_bias", None), rules=rules)
+        up = project(x, self.up, getattr(self, "up_bias", None), rules=rules)
+        bias = getattr(self, "down_bias", None)
+        down = lambda gate, up: project(jax.nn.silu(gate) * up, self.down, bias, rules=rules)
         return jax.checkpoint(down)(gate, up)  # of this the backward pass keeps gate and up alone
 
 
@@ -255,7 +264,7 @@ class Layer(nnx.Module):
     def __call__(self, x, rope, mask, cache, length, rules):
         y, cache = self.attn(rms_norm(x, self.attn_norm[...], self.norm_eps), rope, mask, cache, length, rules)
         x = x + y
-        x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.norm_eps))
+        x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.norm_eps), rules)
         return rules.constrain(x, "batch", "seq", None), cache
 
 

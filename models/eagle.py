@@ -146,7 +146,7 @@ def forward(
     """
     net: Any = nnx.merge(_graph(cfg), params)
     a, u, cache = run_front(cfg.target, net.front, target_params, features, tokens, positions, mask, cache, rules)
-    return EagleOutput(rules.constrain(a + net.mlp(u), "batch", "seq", None), cache)
+    return EagleOutput(rules.constrain(a + net.mlp(u, rules), "batch", "seq", None), cache)
 
 
 # ------------------------------------------------------------------------------------------- what Jakiro shares with it

@@ -162,7 +162,7 @@ def forward_mixture(
     net, a, u, cache = _run(cfg, params, target_params, features, tokens, positions, mask, cache, rules)
     g = jnp.einsum("btd,rd->btr", u, net.router[...].astype(u.dtype), preferred_element_type=jnp.float32)
     wide = lambda x: x.astype(jnp.float32)
-    branches = jnp.stack([wide(a) + wide(e(u)) for e in (net.expert_0, net.expert_1)], axis=2)
+    branches = jnp.stack([wide(a) + wide(e(u, rules)) for e in (net.expert_0, net.expert_1)], axis=2)
     branches = rules.constrain(branches.astype(cfg.target.dtype), "batch", "seq", None, None)
     return MixtureOutput(branches, jax.nn.log_softmax(g), cache)
 

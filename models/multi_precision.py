@@ -26,10 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Int32
 
+from ..jaxlib_ext import qmm
 from ..jaxlib_ext.qmm import QuantisedMatrix, over_trailing, repack, scale_at, switch_codes
-from .decoder import Params
+from ..sharding.rules import SERVING, Rules
+from .decoder import DecoderConfig, Model, Params, param_axes, unstack_layers
 from .quantise import QuantConfig, decode, encode, fake_quantise, init_gain, init_scale, scale_of, snap, spread
 
 # How many trailing axes of a leaf are its inputs; `decoder.project` contracts these. No other leaf is ever quantised.
@@ -163,6 +166,38 @@ def switch_bits(
         )
 
     return _replace(master, rules, one)
+
+
+def place(model: Model, mesh: Mesh, rules: Rules = SERVING) -> Model:
+    """The model with every array on a mesh, ready to serve there; layers become a tuple."""
+    params = unstack_layers(model.params)
+    return model._replace(params=jax.device_put(params, placements(model.config, params, mesh, rules)))
+
+
+def placements(cfg: DecoderConfig, params: Params, mesh: Mesh, rules: Rules = SERVING) -> Params:
+    """Where every array of a model that serves lies on a mesh: floats, and the parts of quantised matrices.
+
+    Args:
+      cfg: of the model.
+      params: its parameters or their shapes, layers as a tuple.
+      mesh: of the devices.
+      rules: which mesh axes each logical axis lies on.
+    """
+    axes = param_axes(cfg)
+    layer = jax.tree.map(lambda names: names[1:], axes["layers"], is_leaf=lambda node: isinstance(node, tuple))
+    axes = axes | {"layers": (layer,) * cfg.num_layers}
+
+    def one(path: Any, leaf: Any) -> Any:
+        names: Any = axes
+        for key in path:
+            names = names[key.idx if isinstance(key, jax.tree_util.SequenceKey) else key.key]
+        if not isinstance(leaf, QuantisedMatrix):
+            return rules.shardings(mesh, names, leaf)
+        over = INPUT_AXES[path[-1].key]
+        (outputs,), (inputs,) = rules.spec(names[0]), rules.spec(names[-over])
+        return qmm.shardings(leaf, over, outputs, inputs, mesh)
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda node: isinstance(node, QuantisedMatrix))
 
 
 def scales_of(master: Params, rules: QuantRules = DEFAULT_RULES) -> Params:

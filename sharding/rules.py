@@ -53,13 +53,18 @@ class Rules:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             return x
-        spec = divisible(self.spec(*axes), x.shape, mesh.shape, f"activation {axes}")
-        return jax.lax.with_sharding_constraint(x, spec)
+        return jax.lax.with_sharding_constraint(x, self.places(x.shape, *axes))
+
+    def places(self, shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
+        """The partition of an array of this shape on the mesh that is set; nothing is shared out where none is."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return PartitionSpec(*(None,) * len(axes))
+        return divisible(self.spec(*axes), shape, mesh.shape, f"activation {axes}")
 
     def ways(self, axis: Axis) -> int:
         """How many devices of the mesh that is set lie along these mesh axes."""
-        sizes = jax.sharding.get_abstract_mesh().shape
-        return math.prod(sizes.get(name, 1) for name in _names(axis))
+        return ways(axis, jax.sharding.get_abstract_mesh().shape)
 
     @property
     def seq_and_batch(self) -> tuple[str, ...]:
@@ -92,7 +97,13 @@ class Rules:
 
 REPLICATED = Rules()
 FSDP_TP = Rules(batch=("data", "fsdp"), embed="fsdp", heads="tensor", kv_heads="tensor", ffn="tensor", vocab="tensor")
+SERVING = dataclasses.replace(FSDP_TP, embed=None)  # no weight lies along fsdp: every step would gather all of them
 FSDP_TP_SEQ = dataclasses.replace(FSDP_TP, seq="sequence")  # long contexts: the tokens of a row are shared out too
+
+
+def ways(axis: Axis, sizes: Mapping[str, int]) -> int:
+    """How many devices lie along these mesh axes, by the sizes of a mesh; an axis that it lacks has one."""
+    return math.prod(sizes.get(name, 1) for name in _names(axis))
 
 
 def divisible(

@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ...models.cache import KVCache
 from ...models.decoder import DecoderConfig, Params, forward, lm_head
 from ...models.reward import RewardConfig, RewardModel, step_logits
+from ...sharding.rules import SERVING
 from ..decode import (
     RUNNING,
     STOPPED,
@@ -43,6 +44,7 @@ from ..decode import (
     read_prompt,
     record,
 )
+from ..devices import pinned
 from ..sampling import SamplingArrays, choose, warp
 from ..speculative.tree import DraftTree, slot_positions, tree_mask
 
@@ -155,9 +157,8 @@ def prefill(
     cache, hidden, _ = read_prompt(cfg, params, tokens, rows.prompt_length, chunk=chunk, cache_dtype=cache_dtype)
     reward = guide.reward.target
     read, _, _ = read_prompt(reward, guiding["reward"]["model"], tokens, rows.prompt_length - 1, chunk=chunk)
-    return _emit(
-        cfg, params, guide, guiding, GuidedState(begin(cfg, tokens, rows, cache, top_n), read), rows, hidden, mode
-    )
+    state = GuidedState(begin(cfg, tokens, rows, cache, top_n), read)
+    return pinned(_emit(cfg, params, guide, guiding, state, rows, hidden, mode))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "guide", "mode"), donate_argnames=("state",))
@@ -185,14 +186,14 @@ def decode(
         at, hidden = read_last(cfg, params, at)
         return i + 1, _emit(cfg, params, guide, guiding, GuidedState(at, read), rows, hidden, mode)
 
-    return jax.lax.while_loop(running, step, (jnp.int32(0), state._replace(rows=base)))[1]
+    return pinned(jax.lax.while_loop(running, step, (jnp.int32(0), state._replace(rows=base)))[1])
 
 
 # ------------------------------------------------------------------------------------------------------------- private
 def _emit(cfg, params, guide: Guide, guiding, state: GuidedState, rows: Rows, hidden, mode) -> GuidedState:
     """Choose the token at position `filled` of every running row, and let the reward model keep the one before it."""
     at, read = state
-    z, finite = finite_or_zero(lm_head(cfg, params, hidden)[:, 0])
+    z, finite = finite_or_zero(lm_head(cfg, params, hidden, rules=SERVING)[:, 0])
     warped = warp(z, rows.sampling, at.counts)
     tokens = jax.lax.top_k(warped, guide.width)[1].astype(jnp.int32)
     scores, read = _score(guide, guiding["reward"], at, read, tokens)
@@ -223,6 +224,7 @@ def _score(guide: Guide, reward: Params, at: DecodeState, read: KVCache, candida
         tree_mask(tree, length, capacity, 2),
         read,
         key_positions=slot_positions(tree, length, capacity),
+        rules=SERVING,
     )
     assert out.cache is not None
     return jax.nn.sigmoid(step_logits(guide.reward, reward, out.hidden[:, C - k :])), out.cache

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ...models.cache import KVCache, keep_path
 from ...models.decoder import DecoderConfig, Params, forward, lm_head
+from ...sharding.rules import SERVING
 from ..decode import (
     RUNNING,
     STOPPED,
@@ -33,6 +34,7 @@ from ..decode import (
     read_prompt,
     record,
 )
+from ..devices import pinned
 from ..sampling import Counts, SamplingArrays, warp
 from .tree import DraftTree, Proposal, children, slot_positions, take_row, tree_mask
 from .verify import Node, Verifier
@@ -171,7 +173,7 @@ def prefill(
     drafting = drafter.init(weights.target, weights.drafter, _context(state, rows), features, chunk)
     B = tokens.shape[0]
     tally = Tally(jnp.zeros((B, drafter.depth + 2), jnp.int32), jnp.zeros(B, jnp.int32))
-    return SpeculativeState(state, drafting, tally)
+    return pinned(SpeculativeState(state, drafting, tally))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "drafter", "verifier", "mode"), donate_argnames=("state",))
@@ -201,7 +203,7 @@ def decode(
         i, state = carry
         return i + 1, one_step(cfg, weights, drafter, verifier, state, rows, mode)
 
-    return jax.lax.while_loop(running, step, (jnp.int32(0), state._replace(rows=base)))[1]
+    return pinned(jax.lax.while_loop(running, step, (jnp.int32(0), state._replace(rows=base)))[1])
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "drafter", "chunk"), donate_argnames=("state",))
@@ -225,7 +227,7 @@ def catch_up(
             collect=drafter.collect,
         )
     begun = drafter.init(weights.target, weights.drafter, _context(base, rows), features, chunk)
-    return state._replace(drafter=begun)
+    return pinned(state._replace(drafter=begun))
 
 
 # ------------------------------------------------------------------------------------------------------ parts of a step
@@ -290,6 +292,7 @@ def judge_nodes(cfg: DecoderConfig, target: Params, drafter: Drafter, tree: Draf
         start_layer=drafter.start_layer,
         collect=drafter.collect,
         key_positions=None if single else slot_positions(tree, length, capacity),
+        rules=SERVING,
     )
     assert out.cache is not None
     return out.hidden, out.collected, out.cache
@@ -313,7 +316,7 @@ def one_step(
 # ----------------------------------------------------------------------------------------------------------- private
 def _walk(cfg, weights: Weights, drafter, verifier, state: DecodeState, rows: Rows, tree, hidden, mode):
     """Follow the rule from the root down, emitting as plain decoding does."""
-    z = lm_head(cfg, weights.target, hidden)  # [B, C, V]
+    z = lm_head(cfg, weights.target, hidden, rules=SERVING)  # [B, C, V]
     B, C = tree.tokens.shape
     places = jnp.arange(drafter.depth + 1)[None]
 

@@ -43,6 +43,22 @@ def test_generate_streams_text_and_repeats_with_a_seed(run, speaking):
 
 
 @pytest.mark.slow
+def test_two_devices_say_what_one_says(run):
+    argv = ("generate", "--model", GOLDENS / "qwen3", "--tokens", "5,6,7", "--max-new-tokens", 12, "--temperature", 0)
+    _, alone, _ = run(*argv)
+    status, together, err = run(*argv, "--tensor", 2)
+    assert (status, err, together) == (0, "", alone)
+
+
+@pytest.mark.errors
+@pytest.mark.parametrize("tensor", [0, 9])
+def test_devices_that_are_not_there_are_refused(run, tensor):
+    status, _, err = run("generate", "--model", GOLDENS / "qwen3", "--tokens", "1", "--tensor", tensor)
+    assert status == 2
+    assert f"--tensor {tensor}: found 8 devices; expected 1 to as many as there are." in err
+
+
+@pytest.mark.slow
 def test_generate_keeps_keys_and_values_as_it_is_told(run):
     """At 4 bits another text than with floats, that of the engine, and no other with drafts."""
     model = load(GOLDENS / "qwen3", dtype="float32")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxaroo.infer import devices
 from jaxaroo.infer import engine as engine_module
 from jaxaroo.infer.engine import Engine
 from jaxaroo.infer.requests import RequestError
@@ -379,7 +380,7 @@ def test_async_streaming_and_leaving_early():
 
 @pytest.mark.errors
 def test_a_cache_that_cannot_fit_is_refused_with_its_size(monkeypatch):
-    monkeypatch.setattr(engine_module, "_free_bytes", lambda params: 8000)
+    monkeypatch.setattr(devices, "_free_bytes", lambda params: 8000)
     with pytest.raises(MemoryError, match=r"cache of 1 sequences of 64 tokens needs .* are free\. Lower max_seqs"):
         make().generate("one", ASCII)
 

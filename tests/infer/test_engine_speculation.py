@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxaroo.infer import engine as engine_module
+from jaxaroo.infer import devices
 from jaxaroo.infer.decode import Rows, decode
 from jaxaroo.infer.engine import Engine
 from jaxaroo.infer.sampling import Sampling, pack_sampling
@@ -122,9 +122,9 @@ def test_a_shorter_drafter_that_is_not_shorter_is_refused():
 @pytest.mark.errors
 def test_the_drafters_cache_counts_when_memory_is_short(monkeypatch):
     asked = []
-    real = engine_module._bytes_of
-    monkeypatch.setattr(engine_module, "_free_bytes", lambda params: 0)
-    monkeypatch.setattr(engine_module, "_bytes_of", lambda state: asked.append(real(state)) or asked[-1])
+    real = devices.bytes_of
+    monkeypatch.setattr(devices, "_free_bytes", lambda params: 0)
+    monkeypatch.setattr(devices, "bytes_of", lambda state: asked.append(real(state)) or asked[-1])
     for spec in (None, drafting()):  # both in 64 slots
         with (
             pytest.raises(MemoryError, match="of 1 sequences of 64 tokens"),

@@ -44,6 +44,13 @@ def test_fewer_bits_are_fewer_bytes(libtpu):
     saved = found[16].arguments["parameters"] - found[4].arguments["parameters"]
     assert saved == pytest.approx(1.5 * matrices, rel=0.01)  # 16 - 4 bits, less a scale a row
     assert not found[4].collectives
+    mesh = make_mesh(MeshConfig(fsdp=1, tensor=4), devices_of("v5e:2x2"))
+    parts = plan_decoding(SMALL, mesh, "v5e", rows=1, capacity=256, bits=4)
+    D, L = SMALL.embed_dim, SMALL.num_layers
+    o = L * (D * D // 2 + 2 * D)  # whole on every device: a fourth of its 768 inputs is no block
+    everywhere = o + L * 2 * D + 2 * (2 * L + 1) * D  # and the scales of down, whose inputs are cut, and norms
+    assert parts.arguments["parameters"] == (found[4].arguments["parameters"] - everywhere) // 4 + everywhere
+    assert parts.collectives["tensor"]
 
 
 @pytest.mark.aot
@@ -76,8 +83,8 @@ def test_a_step_of_speculation_is_the_drafters_products_and_the_targets(libtpu):
 @pytest.mark.errors
 def test_widths_and_rows_that_are_not_served_are_refused():
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
-    with pytest.raises(ValueError, match="bits=4 on 8 devices; expected 16, or one of"):
-        plan_decoding(SMALL, mesh, "v5e", rows=4, capacity=64, bits=4)
+    with pytest.raises(ValueError, match="bits=5; expected 16, or one of"):
+        plan_decoding(SMALL, mesh, "v5e", rows=4, capacity=64, bits=5)
     with pytest.raises(ValueError, match="3 rows on the parts data=1 x fsdp=4 = 4"):
         plan_decoding(SMALL, mesh, "v5e", rows=3, capacity=64)
     with pytest.raises(ValueError, match="drafter='medusa'; expected one of lookup, eagle"):

@@ -20,6 +20,7 @@ from ....models import eagle
 from ....models.cache import KVCache
 from ....models.decoder import lm_head
 from ....models.eagle import EagleConfig
+from ....sharding.rules import SERVING
 from ..draw import Draw, draft_logits, draft_noise
 from ..grow import EAGLE_1, Read, StaticShape, grow_dynamic, grow_static
 from ..loop import Context, Drafter, Verdict
@@ -69,13 +70,13 @@ def make_drafter(
     L = cfg.target.num_layers
 
     def forward(params, target, features, tokens, positions, mask, cache):
-        out = eagle.forward(cfg, params, target, features, tokens, positions, mask, cache)
+        out = eagle.forward(cfg, params, target, features, tokens, positions, mask, cache, rules=SERVING)
         assert out.cache is not None
         return out.hidden, out.cache
 
     def read(params, target, hidden, cache) -> Read:
         by_row = lambda row, token: jnp.take_along_axis(hidden, row[..., None], axis=1)
-        return Read(lm_head(cfg.target, target, hidden), by_row, cache)
+        return Read(lm_head(cfg.target, target, hidden, rules=SERVING), by_row, cache)
 
     net = Network("eagle", L, cfg.target.vocab_size, functools.partial(eagle.new_cache, cfg), forward, read)
     if tree == "static":

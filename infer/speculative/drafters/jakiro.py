@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from ....models import jakiro
 from ....models.decoder import lm_head
 from ....models.jakiro import JakiroConfig
+from ....sharding.rules import SERVING
 from ..draw import Draw
 from ..grow import Read
 from ..loop import Drafter
@@ -39,14 +40,14 @@ def make_drafter(
 # ----------------------------------------------------------------------------------------------------------- private
 def _contrastive(cfg: JakiroConfig) -> Network:
     def forward(params, target, features, tokens, positions, mask, cache):
-        out = jakiro.forward(cfg, params, target, features, tokens, positions, mask, cache)
+        out = jakiro.forward(cfg, params, target, features, tokens, positions, mask, cache, rules=SERVING)
         assert out.cache is not None
         return (out.main, out.contrast), out.cache
 
     def read(params, target, out, cache) -> Read:
         main, contrast = out
         by_row = lambda row, token: jnp.take_along_axis(main, row[..., None], axis=1)
-        head = lambda hidden: lm_head(cfg.target, target, hidden)  # of a branch that nobody reads it costs nothing
+        head = lambda hidden: lm_head(cfg.target, target, hidden, rules=SERVING)  # free for a branch that nobody reads
         return Read(head(main), by_row, cache, head(contrast))
 
     return _network(cfg, "jakiro", forward, read)
@@ -54,12 +55,12 @@ def _contrastive(cfg: JakiroConfig) -> Network:
 
 def _mixture(cfg: JakiroConfig) -> Network:
     def forward(params, target, features, tokens, positions, mask, cache):
-        out = jakiro.forward_mixture(cfg, params, target, features, tokens, positions, mask, cache)
+        out = jakiro.forward_mixture(cfg, params, target, features, tokens, positions, mask, cache, rules=SERVING)
         assert out.cache is not None
         return (out.branches, out.log_weights), out.cache
 
     def read(params, target, out, cache) -> Read:
-        given = jakiro.branch_log_probs(cfg, target, jakiro.MixtureOutput(out[0], out[1], None))
+        given = jakiro.branch_log_probs(cfg, target, jakiro.MixtureOutput(out[0], out[1], None), rules=SERVING)
 
         def feature_of(row, token):  # [B, m] each
             rows = lambda x: jnp.take_along_axis(x, row.reshape(*row.shape, *(1,) * (x.ndim - 2)), axis=1)

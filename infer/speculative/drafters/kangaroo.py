@@ -33,6 +33,7 @@ from ....models import kangaroo
 from ....models.cache import KVCache
 from ....models.decoder import forward, lm_head
 from ....models.kangaroo import KangarooConfig
+from ....sharding.rules import SERVING
 from ..draw import Draw, draft_logits, draft_noise
 from ..grow import Read, grow_dynamic
 from ..loop import Context, Drafter, Verdict
@@ -125,7 +126,7 @@ def make_tree_drafter(
         """Read the path again, where it belongs: the tree's rows stood elsewhere."""
         exits = jnp.take_along_axis(verdict.features[0], verdict.path[..., None], axis=1)
         positions = state.length[:, None] + jnp.arange(levels + 1)[None]
-        cache = kangaroo.forward(cfg, params["adapter"], exits, positions, cache=state).cache
+        cache = kangaroo.forward(cfg, params["adapter"], exits, positions, cache=state, rules=SERVING).cache
         assert cache is not None
         return cache._replace(length=context.cache.length)
 
@@ -173,7 +174,7 @@ def _read_prompt(cfg: KangarooConfig, target, params, context: Context, features
         part = jax.lax.dynamic_slice_in_dim(exits, start, chunk, axis=1)
         positions = jnp.broadcast_to(start + jnp.arange(chunk)[None], (B, chunk))
         committed = cache._replace(length=jnp.full(B, start, jnp.int32))
-        cache = kangaroo.forward(cfg, params["adapter"], part, positions, cache=committed).cache
+        cache = kangaroo.forward(cfg, params["adapter"], part, positions, cache=committed, rules=SERVING).cache
         assert cache is not None
         return i + 1, cache
 
@@ -195,7 +196,8 @@ def _draft(cfg: KangarooConfig, target, params, state: State, context: Context, 
     def early_layers(token: Int[Array, " B"], i, cache: KVCache):
         at = length + i
         here = cache._replace(length=at)
-        out = forward(cfg.target, target, token[:, None], at[:, None], cache=here, stop_layer=cfg.exit_layer)
+        run = functools.partial(forward, stop_layer=cfg.exit_layer, rules=SERVING)
+        out = run(cfg.target, target, token[:, None], at[:, None], cache=here)
         assert out.cache is not None
         return out.hidden, out.cache._replace(length=length)
 
@@ -205,10 +207,11 @@ def _draft(cfg: KangarooConfig, target, params, state: State, context: Context, 
         pair = jnp.stack([before, exit_of(c.i)], axis=1)
         start = length + c.i - 1
         positions = start[:, None] + jnp.arange(2)[None]
-        y, adapter = kangaroo.forward(cfg, params["adapter"], pair, positions, cache=c.adapter._replace(length=start))
+        behind = c.adapter._replace(length=start)
+        y, adapter = kangaroo.forward(cfg, params["adapter"], pair, positions, cache=behind, rules=SERVING)
         assert adapter is not None
         y = y[:, 1:]
-        z = draft_logits(lm_head(cfg.target, target, y), context.sampling, context.counts, draw)
+        z = draft_logits(lm_head(cfg.target, target, y, rules=SERVING), context.sampling, context.counts, draw)
         noise = draft_noise(context.sampling, context.filled + c.i, 1, vocab, draw)
         token = jnp.argmax((z + noise)[:, 0], axis=-1).astype(jnp.int32)
         q = jax.nn.softmax(z[:, 0], axis=-1)
@@ -272,11 +275,14 @@ def _tree_reader(cfg: KangarooConfig, target, params, adapter: KVCache, context:
             cache._replace(length=at),
             stop_layer=cfg.exit_layer,
             key_positions=where,
+            rules=SERVING,
         )
-        read = kangaroo.forward(cfg, params["adapter"], out.hidden, positions, mask, adapter._replace(length=at))
+        kept = adapter._replace(length=at)
+        read = kangaroo.forward(cfg, params["adapter"], out.hidden, positions, mask, kept, rules=SERVING)
         assert out.cache is not None
         assert read.cache is not None
-        z = draft_logits(lm_head(cfg.target, target, read.hidden), context.sampling, context.counts, draw)
+        z = lm_head(cfg.target, target, read.hidden, rules=SERVING)
+        z = draft_logits(z, context.sampling, context.counts, draw)
         z = z + draft_noise(context.sampling, context.filled + depth, 1, vocab, draw)
         logp = jax.nn.log_softmax(z, axis=-1)
         return out.cache._replace(length=length), read.cache._replace(length=length), read.hidden, logp

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ....models.cache import KVCache
 from ....models.decoder import DecoderConfig, forward, lm_head
+from ....sharding.rules import SERVING
 from ...decode import read_prompt
 from ..draw import Draw, draft_logits, draft_noise
 from ..loop import Context, Drafter, Verdict
@@ -105,7 +106,7 @@ def _draft(cfg, params, cache: KVCache, context: Context, drafts: int, draw: Dra
     start = jnp.maximum(context.filled - fed, 0)
     positions = start[:, None] + jnp.arange(fed)[None]
     tokens = jnp.take_along_axis(context.tokens, positions, axis=1, mode="clip")
-    out = forward(cfg, model, tokens, positions, cache=cache._replace(length=start))
+    out = forward(cfg, model, tokens, positions, cache=cache._replace(length=start), rules=SERVING)
     assert out.cache is not None
     last = (context.filled - 1 - start)[:, None, None]
     hidden = jnp.broadcast_to(jnp.take_along_axis(out.hidden, last, axis=1), (B, chains, cfg.embed_dim))
@@ -113,7 +114,9 @@ def _draft(cfg, params, cache: KVCache, context: Context, drafts: int, draw: Dra
     vocab = cfg.vocab_size
 
     def one(c: _Chains) -> _Chains:
-        z = draft_logits(lm_head(cfg, model, c.hidden), context.sampling, context.counts, draw)  # [B, c, V]
+        z = draft_logits(
+            lm_head(cfg, model, c.hidden, rules=SERVING), context.sampling, context.counts, draw
+        )  # [B, c, V]
         noise = draft_noise(context.sampling, context.filled + c.i, chains, vocab, draw)
         token = jnp.argmax(z + noise, axis=-1).astype(jnp.int32)  # [B, c]
         q = jax.nn.softmax(z, axis=-1)
@@ -165,7 +168,7 @@ def _feed(cfg, params, cache: KVCache, token: Int[Array, "B c"], context: Contex
     behind = length[:, None] + (slots - length[:, None]) // chains
     where = jnp.where(slots < length[:, None], slots, behind)
     at = cache._replace(length=length + i * chains)
-    out = forward(cfg, params, token, positions, mask, at, key_positions=where)
+    out = forward(cfg, params, token, positions, mask, at, key_positions=where, rules=SERVING)
     assert out.cache is not None
     return out.cache._replace(length=length), out.hidden
 
