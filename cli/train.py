@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +35,6 @@ def train_command(kind: str, args: list[str]) -> Callable[..., int]:
       kind: of training, a key of `train.recipe.RECIPES`.
       args: the command line behind its name.
     """
-    from ..train.config import build, read_settings
     from ..train.recipe import RECIPES
     from ..train.run import RunConfig, begun, start
 
@@ -45,9 +44,8 @@ def train_command(kind: str, args: list[str]) -> Callable[..., int]:
         return preference_command("unlearn", args)
     if kind == "curry":
         return curry_command(args)
-    recipe, config = RECIPES[kind], value_of("--config", args)
-    needed = dict.fromkeys(("model", "data", "out"), tyro.MISSING) | dict(recipe.defaults)
-    default = build(RunConfig, needed | (read_settings(RunConfig, Path(config)) if config else {}))
+    recipe = RECIPES[kind]
+    default = _settings(recipe.defaults, args)
 
     def command(
         *,
@@ -154,7 +152,6 @@ def preference_command(name: str, args: list[str]) -> Callable[..., int]:
       name: of the objective.
       args: the command line behind the command's name.
     """
-    from ..train.config import build, read_settings
     from ..train.objectives.by_name import OBJECTIVES
     from ..train.preference import PreferenceOptions, with_settings
     from ..train.recipe import RECIPES
@@ -166,10 +163,8 @@ def preference_command(name: str, args: list[str]) -> Callable[..., int]:
     if known is None:
         PreferenceOptions(objective=name)  # refuses, and says which is near
         raise AssertionError(name)
-    rate = {"optimizer": {"learning_rate": known.learning_rate}} if known.learning_rate else {}
-    needed = dict.fromkeys(("model", "data", "out"), tyro.MISSING) | dict(RECIPES["preference"].defaults) | rate
-    config = value_of("--config", args)
-    default = build(RunConfig, needed | (read_settings(RunConfig, Path(config)) if config else {}))
+    published = {"optimizer": {"learning_rate": known.learning_rate}} if known.learning_rate else {}
+    default = _settings(published or RECIPES["preference"].defaults, args)
     kind: Any = type(known.config)
 
     def command(
@@ -216,13 +211,10 @@ def curry_command(args: list[str]) -> Callable[..., int]:
     Args:
       args: the command line behind its name.
     """
-    from ..train.config import build, read_settings
     from ..train.curry import CurryOptions, run_curry
     from ..train.run import RunConfig
 
-    needed = dict.fromkeys(("model", "data", "out"), tyro.MISSING) | {"optimizer": {"learning_rate": 1e-6}}
-    config = value_of("--config", args)
-    default = build(RunConfig, needed | (read_settings(RunConfig, Path(config)) if config else {}))
+    default = _settings({"optimizer": {"learning_rate": 1e-6}}, args)
 
     def command(
         *,
@@ -321,6 +313,16 @@ def value_of(option: str, args: list[str]) -> str | None:
 
 
 # ----------------------------------------------------------------------------------------------------------- private
+def _settings(usual: Mapping[str, Any], args: list[str]) -> Any:
+    """Of a run: those that are usual for its kind, and over them those of the file that `--config` names."""
+    from ..train.config import build, read_settings
+    from ..train.run import RunConfig
+
+    config, needed = value_of("--config", args), dict.fromkeys(("model", "data", "out"), tyro.MISSING)
+    given = read_settings(RunConfig, Path(config)) if config else {}
+    return build(RunConfig, given, build(RunConfig, needed | dict(usual)))
+
+
 def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     from ..sharding.mesh import start_processes
 

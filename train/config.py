@@ -39,16 +39,24 @@ def read_settings(kind: type[Config], path: Path) -> dict[str, Any]:
     return tree
 
 
-def build(kind: type[Config], tree: Mapping[str, Any]) -> Config:
-    """A dataclass from checked settings.
+def build(kind: type[Config], tree: Mapping[str, Any], under: Config | None = None) -> Config:
+    """A dataclass from checked settings. What a nested mapping leaves out is as in the default it changes.
+
+    Args:
+      kind: the dataclass.
+      tree: settings, as `read_settings` gives them.
+      under: has what the tree leaves out, at any depth; the dataclass's own defaults when not given.
 
     Raises:
       ConfigError: if a setting without a default is missing.
       ValueError: from the dataclasses themselves.
     """
     hints = typing.get_type_hints(kind)
-    values = {name: _value(hints[name], value) for name, value in tree.items()}
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    default = {f.name: _default_of(f) if under is None else getattr(under, f.name) for f in fields}
+    values = {name: _value(hints[name], value, default[name]) for name, value in tree.items()}
+    if under is not None:
+        return dataclasses.replace(under, **values)  # type: ignore[type-var]
     needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [name for name in needed if name not in values]:
         raise ConfigError(f"{kind.__name__}: found no {', '.join(missing)}; expected a value for each.")
@@ -102,9 +110,13 @@ def _fits(hint: Any, value: Any) -> bool:
     return type(value) is hint
 
 
-def _value(hint: Any, value: Any) -> Any:
+def _default_of(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _value(hint: Any, value: Any, default: Any = None) -> Any:
     if (nested := _nested(hint)) and isinstance(value, Mapping):
-        return build(nested, value)
+        return build(nested, value, default if isinstance(default, nested) else None)
     hints = {hint, *typing.get_args(hint)}
     if isinstance(value, str) and Path in hints and str not in hints:
         return Path(value)

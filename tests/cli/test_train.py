@@ -1,12 +1,14 @@
 """`jaxaroo train ...`."""
 
 import dataclasses
+import inspect
 import json
 
 import jax
 import pytest
 
-from jaxaroo.cli.train import acceptance
+from jaxaroo.cli.rl import rl_command
+from jaxaroo.cli.train import acceptance, train_command
 from jaxaroo.models import hf
 from jaxaroo.models.decoder import Model, init_params
 
@@ -28,6 +30,28 @@ def test_acceptance_counts_tokens_and_depths():
     """Of 4 steps, one emitted 1 token, one 2, two 3: a draft is one token less."""
     found = acceptance([0, 1, 1, 2])
     assert found == {"tau": (1 + 2 + 3 + 3) / 4, "accepted_1": 3 / 4, "accepted_2": 2 / 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("preference --objective simpo", dict(learning_rate=6e-7)),
+        ("preference --objective orpo", dict(learning_rate=1e-6)),
+        ("unlearn", dict(learning_rate=1e-5)),
+        ("curry", dict(learning_rate=1e-6)),
+        ("early-exit", dict(learning_rate=5e-5, b2=0.95, clip_norm=0.5)),
+        ("judge", dict(learning_rate=1e-3)),
+        ("rl", dict(learning_rate=1e-6, schedule="constant")),
+    ],
+)
+def test_a_file_changes_the_settings_that_it_names_and_no_others(tmp_path, kind, wanted):
+    (tmp_path / "few.yaml").write_text("optimizer:\n  warmup_steps: 3\n")
+    name, *more = kind.split()
+    args = [*more, "--config", str(tmp_path / "few.yaml")]
+    command = rl_command(args) if name == "rl" else train_command(name, args)
+    found = inspect.signature(command).parameters["settings"].default.optimizer
+    assert found.warmup_steps == 3
+    assert {field: getattr(found, field) for field in wanted} == wanted
 
 
 SHORT = ("--steps", 2, "--optimizer.warmup-steps", 0, "--batch.size", 8, "--batch.max-length", 32)

@@ -35,6 +35,13 @@ class Outer:
     mix: tuple[tuple[str, float], ...] = ()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Filled:
+    inner: Inner = Inner(rate=2.0, loud=True)
+    other: Inner | None = Inner(rate=3.0)
+    bare: Inner = dataclasses.field(default_factory=Inner)
+
+
 def load(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
     return build(Outer, read_settings(Outer, tmp_path / "c.yaml"))
@@ -53,6 +60,21 @@ def test_defaults_fill_what_a_file_leaves_out(tmp_path):
     assert type(got.inner.rate) is float
     assert load(tmp_path, "model: m\nout: o\nlimit: null\n").limit is None
     assert load(tmp_path, "model: m\nout: o\ninner:\n  rate: 1e-5\n").inner.rate == 1e-5  # text to YAML 1.1
+
+
+def test_a_part_that_is_named_in_part_keeps_the_rest_of_its_default():
+    found = build(Filled, {"inner": {"names": ["c"]}, "other": {"loud": True}, "bare": {"rate": 1}})
+    assert found == Filled(
+        inner=Inner(rate=2.0, names=("c",), loud=True), other=Inner(rate=3.0, loud=True), bare=Inner(rate=1.0)
+    )
+    assert build(Filled, {"other": None}) == Filled(other=None)
+
+
+def test_settings_lie_over_others_at_any_depth():
+    under = Outer(model="m", out=Path("o"), steps=7, inner=Inner(rate=2.0, loud=True))
+    found = build(Outer, {"model": "n", "inner": {"names": ["c"]}}, under)
+    assert found == dataclasses.replace(under, model="n", inner=Inner(rate=2.0, names=("c",), loud=True))
+    assert build(Outer, {}, under) == under
 
 
 def test_lists_of_lists_have_their_types_too(tmp_path):
