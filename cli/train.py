@@ -82,7 +82,7 @@ def train_command(kind: str, args: list[str]) -> Callable[..., int]:
                     "alone, for a label belongs to the answer it was given to."
                 )
             _regenerate(settings, regenerate)
-            settings = dataclasses.replace(settings, data=str(regenerate))
+            settings = dataclasses.replace(settings, data=str(regenerate), split=None)
         evaluate = _evaluator(kind, settings, options)
         return _leave(start(kind, settings, options, evaluate=evaluate, progress=True), settings.out)
 

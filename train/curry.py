@@ -72,7 +72,8 @@ def run_curry(cfg: RunConfig, options: CurryOptions, *, progress: bool = False) 
             data = folder / "pairs.jsonl"
             if not data.is_file():
                 _write(data, b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in pairs))
-            run = dataclasses.replace(cfg, model=model, data=str(data.absolute()), out=folder / "run")
+            at: Any = dict(data=str(data.absolute()), split=None, out=folder / "run")  # the rows were of a split
+            run = dataclasses.replace(cfg, model=model, **at)
             outcome = learn("preference", run, _of_stage(options), progress=progress)
             if not outcome.finished:
                 return number - 1, outcome

@@ -105,6 +105,25 @@ def test_a_judge_is_trained_and_what_it_passes_comes_with_a_warning(run, speakin
     assert (said(off[1]), off[2]) == (said(plain[1]), "")
 
 
+def test_what_the_model_wrote_anew_is_read_whole(run, speaking, tmp_path, monkeypatch):
+    """Its rows are those of the split; the file has none."""
+    from jaxaroo.train.run import Outcome
+
+    for name in ("train", "test"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.jsonl").write_text(json.dumps({"prompt": name, "completion": "b"}) + "\n")
+    asked, begun = [], []
+    monkeypatch.setattr("jaxaroo.cli.train._regenerate", lambda settings, path: asked.append((settings.split, path)))
+    monkeypatch.setattr(
+        "jaxaroo.train.run.start",
+        lambda kind, cfg, *_, **__: begun.append((cfg.data, cfg.split)) or Outcome(2, True, None),
+    )
+    base = ("--model", speaking, "--data", tmp_path / "data", "--split", "train", "--out", tmp_path / "run")
+    status, _, err = run("train", "sft", *base, "--regenerate", tmp_path / "new.jsonl")
+    assert (status, asked) == (0, [("train", tmp_path / "new.jsonl")]), err
+    assert begun == [(str(tmp_path / "new.jsonl"), None)]
+
+
 @pytest.mark.errors
 @pytest.mark.parametrize(
     ("argv", "status", "message"),

@@ -10,14 +10,14 @@ import pytest
 from jaxaroo.models import hf
 from jaxaroo.models.decoder import DecoderConfig, Model, init_params
 from jaxaroo.models.tokenizer import byte_tokenizer
-from jaxaroo.train import run
+from jaxaroo.train import curry, run
 from jaxaroo.train.checkpoint import CheckpointConfig
 from jaxaroo.train.curry import CurryOptions, run_curry
 from jaxaroo.train.data.pipeline import BatchConfig
 from jaxaroo.train.metrics import read_records
 from jaxaroo.train.optimizer import OptimizerConfig
 from jaxaroo.train.preference import PreferenceOptions
-from jaxaroo.train.run import RunConfig, start
+from jaxaroo.train.run import Outcome, RunConfig, read_examples, start
 
 pytestmark = pytest.mark.optimizer
 CFG = DecoderConfig(
@@ -98,6 +98,23 @@ def test_stages_are_runs_one_from_the_other_and_a_stop_changes_nothing(base, tmp
     assert (tmp_path / "left" / "model" / "model.safetensors").read_bytes() == final
     with pytest.raises(ValueError, match="was begun with other settings"):
         run_curry(left, CurryOptions(beta=0.2))
+
+
+def test_a_stage_reads_its_own_pairs_whatever_split_the_rows_were_of(base, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "data" / f"{name}.jsonl").write_bytes((base / "ranked.jsonl").read_bytes())
+    seen = []
+
+    def learn(kind, cfg, options, *, progress):
+        seen.append(len(read_examples(cfg, "pairs", progress)))
+        (cfg.out / "model").mkdir(parents=True)
+        return Outcome(cfg.steps, True, None)
+
+    monkeypatch.setattr(curry, "learn", learn)
+    cfg = dataclasses.replace(settings(base, tmp_path / "out"), data=str(tmp_path / "data"), split="train")
+    done, outcome = run_curry(cfg, CurryOptions())
+    assert (done, outcome.finished, seen) == (2, True, [24, 12])
 
 
 @pytest.mark.errors
