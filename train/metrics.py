@@ -1,9 +1,10 @@
 """What a run writes down of itself: one JSON line a step, and the loss as a curve."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,42 @@ def forget_after(path: Path, step: int) -> None:
     partial.unlink(missing_ok=True)
     append_records(partial, kept)
     os.replace(partial, path)
+
+
+def board_writer() -> Any:
+    """What writes for TensorBoard; looked for before anything is made.
+
+    Raises:
+      ValueError: if it is not installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as e:
+        raise ValueError('train: tensorboard needs tensorboardX. Run pip install "jaxaroo[tensorboard]".') from e
+    return SummaryWriter
+
+
+def recorder(out: Path, begin: int, writer: Any, stack: contextlib.ExitStack) -> Callable[[Sequence[Record]], None]:
+    """Write the metrics of a run; lines behind `begin` are of steps that will be taken again.
+
+    Args:
+      out: the run's folder.
+      begin: step that it begins or goes on at.
+      writer: of `board_writer`, or None.
+      stack: closes what is opened here.
+    """
+    path = out / "metrics.jsonl"
+    forget_after(path, begin)
+    board = writer and stack.enter_context(writer(str(out / "tensorboard"), purge_step=begin))
+
+    def record(records: Sequence[Record]) -> None:
+        append_records(path, records)
+        if board is not None:
+            for line in records:
+                for name in line.keys() - {"step"}:
+                    board.add_scalar(name, line[name], line["step"])
+
+    return record
 
 
 def plot_loss(path: Path, records: list[dict[str, Any]], title: str) -> None:

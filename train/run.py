@@ -41,7 +41,7 @@ from .data.tokenise import Encoded
 from .ending import preempted, stop_signals, together, watched
 from .labels.truth import ArithmeticSolutions, SolutionsConfig
 from .loop import fit
-from .metrics import append_records, forget_after, plot_loss, read_records
+from .metrics import append_records, board_writer, forget_after, plot_loss, read_records, recorder
 from .optimizer import OptimizerConfig, make_schedule
 from .preference import PreferenceOptions
 from .qat import QatOptions
@@ -393,7 +393,7 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
     if scored is not None:
         referenced = references.Referenced(examples, scored, _source(cfg, origin, recipe.parts(options)))
     batches = _batches(cfg, encode, recipe, options, referenced or examples, mesh)
-    board = _board(cfg)
+    writer = board_writer() if cfg.tensorboard else None
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         # 2. Where it begins: at step 0, or at the newest checkpoint that is whole.
         tx = recipe.optimizer(origin, options, cfg.optimizer, cfg.steps)
@@ -423,7 +423,7 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
                 )
             batches.set_state(found.data["streams"])
         # 3. The way from there.
-        record = _recorder(cfg, int(state.step), board, stack)
+        record = recorder(cfg.out, int(state.step), writer, stack) if jax.process_index() == 0 else lambda records: None
         stopped = stack.enter_context(stop_signals())
         stack.enter_context(together(_again(cfg.out)))
         account = goodput.recorder(cfg.out / "goodput.jsonl", began, int(state.step))
@@ -523,35 +523,6 @@ def _load_model(cfg: RunConfig, origin: Origin, mesh: Mesh) -> Params:
     placed = RULES.shardings(mesh, param_axes(origin.config), param_shapes(origin.config))
     weights = jax.random.split(jax.random.key(cfg.seed))[0]
     return jax.jit(partial(init_params, origin.config), out_shardings=placed)(weights)
-
-
-def _board(cfg: RunConfig) -> Any:
-    """What writes for TensorBoard, or None; looked for before anything is made."""
-    if not cfg.tensorboard:
-        return None
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as e:
-        raise ValueError('train: tensorboard needs tensorboardX. Run pip install "jaxaroo[tensorboard]".') from e
-    return SummaryWriter
-
-
-def _recorder(cfg: RunConfig, begin: int, writer: Any, stack: contextlib.ExitStack):
-    """Write metrics, on one process; lines behind `begin` are of steps that will be taken again."""
-    if jax.process_index():
-        return lambda records: None
-    path = cfg.out / "metrics.jsonl"
-    forget_after(path, begin)
-    board = writer and stack.enter_context(writer(str(cfg.out / "tensorboard"), purge_step=begin))
-
-    def record(records) -> None:
-        append_records(path, records)
-        if board is not None:
-            for line in records:
-                for name in line.keys() - {"step"}:
-                    board.add_scalar(name, line[name], line["step"])
-
-    return record
 
 
 def _evaluator(cfg: RunConfig, origin: Origin, begin: int, evaluate: Evaluate | None):

@@ -1,5 +1,6 @@
 """Lines that can be read again after any end, and a curve."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -76,3 +77,28 @@ def test_the_curve_is_a_picture_of_what_was_recorded(tmp_path):
     rows = np.nonzero(blue)[0]
     left = np.nonzero(blue[:, : a.shape[1] // 5])[0]
     assert left.mean() < rows.max() - 100  # it falls from the left
+
+
+def test_a_recorder_forgets_steps_to_come_and_tells_the_board(tmp_path):
+    said, closed = [], []
+
+    class Board:
+        def __init__(self, folder, purge_step):
+            said.append((folder, purge_step))
+            self.add_scalar = lambda *scalar: said.append(scalar)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            closed.append(0)
+
+    append_records(tmp_path / "metrics.jsonl", [line(i) for i in range(1, 6)])
+    with contextlib.ExitStack() as stack:
+        record = metrics.recorder(tmp_path, 3, Board, stack)
+        record([{"step": 4, "loss": 9.0}])
+    assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert (said, closed) == ([(str(tmp_path / "tensorboard"), 3), ("loss", 9.0, 4)], [0])
+    with contextlib.ExitStack() as stack:
+        metrics.recorder(tmp_path, 9, None, stack)([{"step": 10, "loss": 1.0}])
+    assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 10]
