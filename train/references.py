@@ -2,7 +2,8 @@
 
 The file holds a sum of log-probabilities for each sequence of each row, and a digest of each row's tokens; its head
 says of which model, lengths and precision. A run that is gone on with, and every row that it reads, has to match: a
-changed model, tokenizer, length or row is refused, not trained on.
+changed model, tokenizer, length or row is refused, not trained on. Each checkpoint holds the fingerprint of head and
+digests, so a file that is lost is written again by the same model on the same rows alone.
 """
 
 import dataclasses
@@ -75,26 +76,38 @@ class Referenced:
             )
         return row | {COLUMN: self._sums[i].tolist()}
 
-    def fill(self, path: Path, load: Callable[[], Params], mesh: Mesh, *, progress: bool = False) -> None:
+    @property
+    def fingerprint(self) -> str:
+        """Of the model, the settings and the tokens of all rows, not of the sums; there once it is filled."""
+        assert self._digests is not None
+        return hashlib.sha256(json.dumps(self._head()).encode() + self._digests.tobytes()).hexdigest()
+
+    def fill(
+        self, path: Path, load: Callable[[], Params], mesh: Mesh, *, kept: str | None = None, progress: bool = False
+    ) -> None:
         """Read the file, or score all rows and write it.
 
         Args:
           path: of the file.
           load: the reference's weights, asked for only if rows have to be scored.
           mesh: where to score.
+          kept: fingerprint of what the steps before were taken against; None if this is the first.
           progress: show a bar.
 
         Raises:
-          OtherReferenceError: if the file is of another model, of other settings or of another number of rows.
+          OtherReferenceError: if the file is of another model, of other settings or of another number of rows; if it
+            is not what `kept` says; and if what would be written is not.
         """
         if path.is_file():
             self._read(path)
+            self._compare(kept, f"{path} is")
             return
         sequences = [self._sequences(self._examples[i]) for i in range(len(self))]
+        self._digests = np.array([_digest(row) for row in sequences], np.uint64)
+        self._compare(kept, f"there is no {path}, and its sums would be")
         flat = [s for row in sequences for s in row]
         sums = _score(flat, load(), self._source, mesh, progress)
         self._sums = sums.reshape(len(self), self._source.parts)
-        self._digests = np.array([_digest(row) for row in sequences], np.uint64)
         if jax.process_index() == 0:
             partial_path = path.with_name(f".{path.name}.partial")
             with partial_path.open("wb") as file:
@@ -110,7 +123,8 @@ class Referenced:
                 head, sums, digests = json.loads(str(file["head"])), file["sums"], file["digests"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
             raise OtherReferenceError(
-                f"reference: {path} cannot be read ({e}); expected what this run wrote. Remove it, to score again."
+                f"reference: {path} cannot be read ({e}); expected what this run wrote. Remove it, to score again "
+                "with the same model."
             ) from e
         wanted = self._head()
         if wrong := [name for name in wanted if head.get(name) != wanted[name]]:
@@ -123,6 +137,13 @@ class Referenced:
                 f"reference: {path} holds {sums.shape} sums; expected {(len(self), self._source.parts)}."
             )
         self._sums, self._digests = sums, digests
+
+    def _compare(self, kept: str | None, what: str) -> None:
+        if kept not in (None, self.fingerprint):
+            raise OtherReferenceError(
+                f"reference: {what} of another model or of other rows; expected those that steps were taken against. "
+                "Put model, tokenizer and rows back as they were, or begin a new run."
+            )
 
     def _sequences(self, row: Mapping[str, Any]) -> list[Encoded]:
         """As the pipeline will cut them."""

@@ -405,27 +405,30 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
                 stored: Any = {"kind": kind, "settings": cfg, kind.replace("-", "_"): options}
                 write_settings(_Stored(**stored), cfg.out / "config.yaml")
         multihost_utils.sync_global_devices("run folder")
-        if referenced is not None:
-            load = lambda: _load_model(cfg, origin, mesh)
-            referenced.fill(cfg.out / "reference.npz", load, mesh, progress=progress and jax.process_index() == 0)
         manager = stack.enter_context(checkpoint.open_checkpoints(cfg.out / "checkpoints", cfg.checkpoint))
-        if (found := checkpoint.restore(manager, like)) is None:
+        found = checkpoint.restore(manager, like)
+        if found is not None and found.data["mark"] != mark:
+            raise ValueError(
+                f"train resume: {cfg.data}, the tokenizer, the seed or the batch settings are not what they were when "
+                f"{cfg.out} was left; expected the same, or the order of the samples would mean nothing. Put them "
+                "back, or begin a new run."
+            )
+        if referenced is not None:
+            load, kept = lambda: _load_model(cfg, origin, mesh), None if found is None else found.data.get("reference")
+            shown = progress and jax.process_index() == 0
+            referenced.fill(cfg.out / "reference.npz", load, mesh, kept=kept, progress=shown)
+        if found is None:
             if not fresh:
                 log.warning("train resume: no checkpoint yet in %s; beginning at step 0", cfg.out)
             state = create()
         else:
             state = found.state
-            if found.data["mark"] != mark:
-                raise ValueError(
-                    f"train resume: {cfg.data}, the tokenizer, the seed or the batch settings are not what they were "
-                    f"when {cfg.out} was left; expected the same, or the order of the samples would mean nothing. Put "
-                    "them back, or begin a new run."
-                )
             batches.set_state(found.data["streams"])
         # 3. The way from there.
         record = recorder(cfg.out, int(state.step), writer, stack) if jax.process_index() == 0 else lambda records: None
         stopped = stack.enter_context(stop_signals())
         stack.enter_context(together(_again(cfg.out)))
+        place = {"mark": mark, "reference": None if referenced is None else referenced.fingerprint}
         account = goodput.recorder(cfg.out / "goodput.jsonl", began, int(state.step))
         alive = stack.enter_context(watched(cfg.hang_seconds if jax.process_count() > 1 else 0, _again(cfg.out)))
         step = step_of(cfg, kind, options, origin, trainable, tx, like)
@@ -436,7 +439,7 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
             steps=cfg.steps,
             log=record,
             save=lambda state: checkpoint.save(
-                manager, state, {"mark": mark, "streams": _all_of(exchange(dict(batches.get_state())))}
+                manager, state, place | {"streams": _all_of(exchange(dict(batches.get_state())))}
             ),
             stop=lambda number: stopped() is not None or preempted(number),
             evaluate=_evaluator(cfg, origin, int(state.step), evaluate),

@@ -4,6 +4,7 @@ What a loss is worth is tested in `objectives/test_by_name.py`; here it meets mo
 """
 
 import dataclasses
+import io
 import json
 
 import jax
@@ -34,6 +35,7 @@ from jaxaroo.train.objectives.unlearn import UnlearnConfig
 from jaxaroo.train.optimizer import OptimizerConfig
 from jaxaroo.train.preference import PreferenceOptions, make_loss, with_settings
 from jaxaroo.train.recipe import RECIPES
+from jaxaroo.train.references import OtherReferenceError
 from jaxaroo.train.run import RunConfig, read_run, resume, start
 from jaxaroo.train.state import init_state
 from jaxaroo.train.step import Term, make_train_step
@@ -317,6 +319,39 @@ def test_what_is_written_down_trains_as_the_model_itself(base, tmp_path, monkeyp
     interrupted("preference", left, PreferenceOptions(reference="precomputed"), monkeypatch)
     assert records(tmp_path / "left") == b
     assert weights(tmp_path / "left") == weights(tmp_path / "stored")
+
+
+@pytest.mark.optimizer
+@pytest.mark.slow
+def test_after_the_first_step_sums_are_written_again_by_the_same_model_alone(base, tmp_path):
+    model = hf.load(base / "model", dtype="float32")
+
+    def put(scale):
+        params = jax.tree.map(lambda w: scale * w, model.params)
+        hf.save(tmp_path / "model", model._replace(params=params), overwrite=True)
+        byte_tokenizer().save(tmp_path / "model")
+
+    put(1.0)
+    cfg = settings(base, tmp_path / "run", model=str(tmp_path / "model"), steps=2)
+    start("preference", cfg, PreferenceOptions(reference="precomputed"))
+    path = tmp_path / "run" / "reference.npz"
+    written = path.read_bytes()
+    path.unlink()
+    assert resume(tmp_path / "run").finished  # the same model, the same rows
+    np.testing.assert_array_equal(np.load(path)["sums"], np.load(io.BytesIO(written))["sums"])
+    put(1.05)
+    path.unlink()
+    with pytest.raises(
+        OtherReferenceError, match="another model or of other rows; expected those that steps were taken against"
+    ):
+        resume(tmp_path / "run")
+    assert not path.exists()
+    put(1.0)
+    path.write_bytes(written[:100])
+    with pytest.raises(OtherReferenceError, match=r"cannot be read .* Remove it, to score again with the same model"):
+        resume(tmp_path / "run")
+    path.unlink()
+    assert resume(tmp_path / "run").finished
 
 
 @pytest.mark.optimizer

@@ -83,6 +83,30 @@ def test_what_is_written_is_read_and_nothing_is_scored_again(filled, mesh):
     assert [again[i] for i in range(11)] == [rows[i] for i in range(11)]
 
 
+def test_sums_that_steps_were_taken_against_are_scored_again_by_the_same_model_on_the_same_rows(filled, mesh, tmp_path):
+    rows, path = filled
+    with jax.set_mesh(mesh):
+        again = Referenced(ROWS, encode, SOURCE)
+        again.fill(tmp_path / "again.npz", lambda: PARAMS, mesh, kept=rows.fingerprint)
+    assert again.fingerprint == rows.fingerprint
+    assert again[3] == rows[3]
+    others = {
+        "model": Referenced(ROWS, encode, dataclasses.replace(SOURCE, model="xyz")),
+        "a row": Referenced(ROWS, lambda row: encode(row, shift=row["i"] == 4), SOURCE),
+        "fewer": Referenced(ROWS[:9], encode, SOURCE),
+    }
+    for name, other in others.items():
+        with pytest.raises(
+            OtherReferenceError, match="another model or of other rows; expected those that steps were taken against"
+        ):
+            other.fill(tmp_path / f"{name}.npz", lambda: pytest.fail("rows are scored"), mesh, kept=rows.fingerprint)
+        assert not (tmp_path / f"{name}.npz").exists()
+    with pytest.raises(
+        OtherReferenceError, match="of another model or of other rows; expected those that steps were taken against"
+    ):
+        Referenced(ROWS, encode, SOURCE).fill(path, lambda: PARAMS, mesh, kept="of another run")
+
+
 def test_a_row_that_has_changed_is_refused_when_it_is_read(filled, mesh):
     _, path = filled
     other = Referenced(ROWS, lambda row: encode(row, shift=row["i"] == 4), SOURCE)
