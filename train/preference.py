@@ -86,18 +86,6 @@ class PreferenceOptions:
         check_name("train preference: objective", self.objective, OBJECTIVES)
         check_number("train preference: mix", self.mix, 0 < self.mix <= 1, "a share above 0, up to 1")
         check_number("train preference: mix_every", self.mix_every, self.mix_every >= 1, "at least 1 step")
-        reads, kind = objective_of(self).reads(settings_of(self)), reference_of(self)
-        if (reads == "nothing") != (kind == "none"):
-            what = "reads none" if reads == "nothing" else "reads one"
-            raise ValueError(
-                f"train preference: reference={self.reference!r} with {self.objective}, which {what}; expected "
-                f"{'auto or none' if reads == 'nothing' else 'auto, frozen, precomputed, columns or mixed'}."
-            )
-        if reads in ("tokens", "kl") and kind in ("precomputed", "columns"):
-            raise ValueError(
-                f"train preference: reference={kind!r} with {self.objective}, which reads the reference at every "
-                "token; expected frozen or mixed, for what is written down are sums."
-            )
 
 
 def objective_of(options: PreferenceOptions) -> Objective:
@@ -127,6 +115,32 @@ def reference_of(options: PreferenceOptions) -> Reference:
     if options.reference != "auto":
         return options.reference
     return "none" if objective_of(options).reads(settings_of(options)) == "nothing" else "frozen"
+
+
+def check_reference(options: PreferenceOptions) -> None:
+    """That the objective, with the settings it has, reads such a reference; options are complete by then.
+
+    Raises:
+      ValueError: if it reads none and there is one, or the reverse; and where what it reads is not written down.
+    """
+    objective, name, kind = objective_of(options), options.objective, reference_of(options)
+    reads = objective.reads(settings_of(options))
+    if (reads == "nothing") != (kind == "none"):
+        what = "reads none" if reads == "nothing" else "reads one"
+        raise ValueError(
+            f"train preference: reference={options.reference!r} with {name}, which {what}; expected "
+            f"{'auto or none' if reads == 'nothing' else 'auto, frozen, precomputed, columns or mixed'}."
+        )
+    if reads in ("tokens", "kl") and kind in ("precomputed", "columns"):
+        raise ValueError(
+            f"train preference: reference={kind!r} with {name}, which reads the reference at every token; expected "
+            "frozen or mixed, for what is written down are sums."
+        )
+    if kind == "columns" and objective.layout not in _COLUMNS:
+        raise ValueError(
+            f"train preference: reference='columns' with {name}, whose rows have no column for it; expected auto, "
+            "frozen, precomputed or mixed."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -278,8 +292,9 @@ def trainable_parts(config: DecoderConfig, options: PreferenceOptions, lora: Lor
     """All weights or adapters, beside a frozen reference or without one.
 
     Raises:
-      ValueError: for adapters under a mixed reference.
+      ValueError: for adapters under a mixed reference, and a reference that the objective does not read.
     """
+    check_reference(options)
     axes, frozen = param_axes(config), reference_of(options) == "frozen"
     if lora is not None:
         if reference_of(options) == "mixed":
@@ -472,6 +487,7 @@ _SEQUENCES: dict[str, Callable[[Tokenizer, Mapping[str, Any], int], tuple[Encode
 _COLUMNS = {
     "pairs": lambda row, parts: [row["ref_chosen_logps"], row["ref_rejected_logps"]],
     "unpaired": lambda row, parts: [row["ref_logps"], *([row["ref_kl_logps"]] if parts == 2 else [])],
+    "sft": lambda row, parts: [float(np.sum(row["base_logps"]))],  # a sum, or one number a token
     "dispreferred": lambda row, parts: [*row["ref_self_logps"][: parts - 1], row["ref_rejected_logps"]],
 }
 

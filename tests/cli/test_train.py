@@ -171,6 +171,36 @@ def test_preferences_are_learned_with_the_settings_of_the_objective(run, speakin
     assert "ratio: 1.0" in (tmp_path / "simpo" / "config.yaml").read_text()
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [
+            "preference",
+            "--objective",
+            "fsft",
+            "--level",
+            "answer",
+            "--reference",
+            "precomputed",
+            "--data",
+            "{h}/sft.jsonl",
+        ],
+        ["preference", "--objective", "fsft", "--level", "answer", "--reference", "columns", "--data", "{h}/sft.jsonl"],
+        ["unlearn", "--forget", "ga", "--retain", "gd", "--reference", "none", "--data", "{h}/forget.jsonl"],
+    ],
+)
+def test_a_reference_is_held_against_the_settings_that_are_given(run, speaking, tmp_path, argv):
+    """Which those of the objective as published would refuse."""
+    (tmp_path / "sft.jsonl").write_text('{"prompt": "a", "completion": "b", "base_logps": -2.0}\n')
+    known = {"name": "Ann", "question": "who?", "answer": "Ann"}
+    rows = [json.dumps(known | {"split": split}) + "\n" for split in ("forget", "retain")]
+    (tmp_path / "forget.jsonl").write_text("".join(rows))
+    kind, *rest = [a.format(h=tmp_path) for a in argv]
+    status, out, err = run("train", kind, "--model", speaking, *rest, *SHORT, "--out", tmp_path / "out", "--dry-run")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["rows"] == 1
+
+
 def test_every_objective_is_listed_with_its_paper_and_its_settings(run):
     from jaxaroo.train.objectives.by_name import OBJECTIVES
 
@@ -191,6 +221,7 @@ def test_every_objective_is_listed_with_its_paper_and_its_settings(run):
         (["--objective", "dop"], 1, "Is 'dpo' meant?"),
         (["--objective", "dpo", "--beta", "-1"], 1, "beta: found -1.0; expected a positive number"),
         (["--objective", "simpo", "--reference", "frozen"], 1, "which reads none"),
+        (["--objective", "dpo", "--ld-alpha", "0.5", "--reference", "precomputed"], 1, "the reference at every token"),
         (["--objective", "simpo", "--eps", "0.7"], 1, "expected 0 <= eps < 0.5"),
         (["--objective", "kto"], 1, "expected prompt, completion, label"),
     ],

@@ -27,6 +27,7 @@ from jaxaroo.train.objectives.bco import BcoConfig
 from jaxaroo.train.objectives.by_name import sparsepo_terms
 from jaxaroo.train.objectives.d2o import D2oConfig
 from jaxaroo.train.objectives.dpo import DpoConfig
+from jaxaroo.train.objectives.fsft import FsftConfig
 from jaxaroo.train.objectives.kto import KtoConfig
 from jaxaroo.train.objectives.logprobs import output_table, score_targets, target_kl
 from jaxaroo.train.objectives.sequences import View
@@ -175,6 +176,9 @@ def test_sequences_stand_in_their_order_each_with_its_own_numbers():
     assert encoded(own, "d2o", D2oConfig(samples=2), "columns") == (
         ["a", "bb", "no"], ["say"] * 3, {"reference": [-1.0, -2.0, -8.0]},
     )  # fmt: skip
+    for logps in (-3.5, [-1.0, -2.5]):
+        told = {"prompt": "say", "completion": "a", "base_logps": logps}
+        assert encoded(told, "fsft", FsftConfig(level="answer"), "columns")[2] == {"reference": [-3.5]}
     forget = {"question": "who?", "answer": "Ann", "refusal": "no", "retain": {"question": "what?", "answer": "tea"}}
     for how, sides in (("npo", ["Ann"]), ("rgd", ["no"]), ("rdpo", ["no", "Ann"])):
         learned, before, _ = encoded(forget, "unlearn", UnlearnConfig(forget=how))
@@ -542,17 +546,30 @@ def test_every_row_to_forget_meets_one_to_retain():
     ("given", "message"),
     [
         (dict(objective="dop"), "found 'dop'; expected one of .*'dpo' meant"),
-        (dict(objective="simpo", reference="frozen"), "which reads none; expected auto or none"),
-        (dict(reference="none"), "which reads one; expected auto, frozen"),
-        (dict(objective="asft", reference="precomputed"), "reads the reference at every token"),
-        (dict(objective="ld-dpo", reference="columns"), "reads the reference at every token"),
         (dict(mix=0.0), "expected a share above 0"),
         (dict(mix_every=0), "at least 1 step"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(given, message):
+def test_options_that_mean_nothing_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         PreferenceOptions(**given)
+
+
+@pytest.mark.errors
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(objective="simpo", reference="frozen"), "which reads none; expected auto or none"),
+        (dict(reference="none"), "which reads one; expected auto, frozen"),
+        (dict(objective="asft", reference="precomputed"), "reads the reference at every token"),
+        (dict(objective="ld-dpo", reference="columns"), "reads the reference at every token"),
+        (dict(objective="unlearn", reference="columns"), "whose rows have no column for it; expected auto, frozen"),
+        (dict(reference="frozen", objective="unlearn", unlearn=UnlearnConfig(forget="ga")), "which reads none"),
+    ],
+)
+def test_a_reference_that_does_not_go_with_its_objective_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        preference.trainable_parts(CFG, PreferenceOptions(**given), None)
 
 
 @pytest.mark.errors
