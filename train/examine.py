@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ..sharding.mesh import make_mesh
 from .data.tokenise import Encoded
 from .recipe import RECIPES
+from .references import COLUMN
 from .run import RunConfig, origin_of, read_examples, state_shapes
 
 ROWS = 256  # that are tokenised, to say how long they are
@@ -34,7 +35,8 @@ def examine(kind: str, cfg: RunConfig, options: Any) -> dict[str, Any]:
     what = recipe.trainable(origin, options, cfg.lora if cfg.adapters == "lora" else None)
     examples = recipe.prepare(read_examples(cfg, recipe.layout(options), True), options)
     encode, mesh = recipe.encoder(origin, options), make_mesh(cfg.mesh)
-    few = [encode(examples[i]) for i in range(min(ROWS, len(examples)))]
+    known = {} if recipe.scored(origin, options) is None else {COLUMN: [0.0] * recipe.parts(options)}  # of no row yet
+    few = [encode({**examples[i], **known}) for i in range(min(ROWS, len(examples)))]
     rows = [*itertools.chain.from_iterable((e,) if isinstance(e, Encoded) else e for e in few)]
     tx = recipe.optimizer(origin, options, cfg.optimizer, cfg.steps)
     with jax.set_mesh(mesh):

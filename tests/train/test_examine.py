@@ -11,6 +11,7 @@ from jaxaroo.sharding.mesh import MeshConfig, make_mesh
 from jaxaroo.train import run
 from jaxaroo.train.data.pipeline import BatchConfig
 from jaxaroo.train.examine import examine
+from jaxaroo.train.preference import PreferenceOptions
 from jaxaroo.train.recipe import RECIPES, EarlyExitOptions, SftOptions
 
 pytestmark = pytest.mark.optimizer
@@ -56,6 +57,17 @@ def test_beside_a_target_the_target_is_frozen(tmp_path):
     target = sum(x.size for x in jax.tree.leaves(run.param_shapes(cfg)) if hasattr(x, "size"))
     assert found["frozen_parameters"] == target
     assert 0 < found["trained_parameters"] < target
+
+
+def test_sums_that_the_run_would_write_down_are_not_asked_of_the_rows(tmp_path):
+    cfg = settings(tmp_path)
+    pair = {"prompt": "ab", "chosen": "cde", "rejected": "f"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(pair) + "\n")
+    assert examine("preference", cfg, PreferenceOptions(reference="precomputed"))["rows"] == 1
+    with pytest.raises(ValueError, match="expected 'ref_chosen_logps' too"):
+        examine("preference", cfg, PreferenceOptions(reference="columns"))
+    with pytest.raises(ValueError, match="expected 'score_chosen' too"):
+        examine("preference", cfg, PreferenceOptions(objective="mm-dpo", reference="precomputed"))
 
 
 def test_what_the_run_would_refuse_is_refused_and_nothing_is_written(tmp_path):
