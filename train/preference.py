@@ -422,7 +422,7 @@ def belief_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _beliefs(tokenizer: Tokenizer, row: Mapping[str, Any], parts: int) -> tuple[Encoded, ...]:
-    """`{id}<{belief}>{answer}` behind the prompt, in pieces, so that every token is of one of them."""
+    """`{id}<{belief}>{answer}` behind the prompt, in pieces: every token is of one, and of each one has to be left."""
     if len(row["beliefs"]) > MOST:
         raise ValueError(f"train preference: a row has {len(row['beliefs'])} beliefs; expected at most {MOST}.")
     prompt, k = row["prompt"], row["belief_id"]
@@ -434,7 +434,7 @@ def _beliefs(tokenizer: Tokenizer, row: Mapping[str, Any], parts: int) -> tuple[
         pieces = [before, [belief_ids(tokenizer)[k]], belief, [*tokenizer.encode(answer, bos=False), _end(tokenizer)]]
         of = np.repeat(np.arange(4), [len(piece) for piece in pieces])
         marks = {"id": (of == 1).astype(np.float32), "belief": (of == 2).astype(np.float32)}
-        found.append(Encoded(np.concatenate(pieces).astype(np.int32), of > 0, more=marks))
+        found.append(Encoded(np.concatenate(pieces).astype(np.int32), of > 0, more=marks, pieces=of))
     return tuple(found)
 
 

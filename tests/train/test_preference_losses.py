@@ -126,3 +126,19 @@ def test_ktos_mismatched_answers_stay_still_and_its_gradient_is_the_same(monkeyp
     (plain, wanted), more = run()
     np.testing.assert_allclose([value, *metrics.values()], [plain, *more.values()], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grad, wanted)
+
+
+@pytest.mark.parametrize(("how", "most"), [("keep_start", 20), ("keep_end", 13)])
+def test_rows_of_beliefs_that_lose_an_answer_or_the_id_to_the_cut_are_dropped(how, most):
+    """`say` and a token before it, `1<hot>`, an answer and its end: 4 + 6 + 3 tokens, of the long ones 4 + 6 + 14."""
+    row = {"prompt": "say", "beliefs": ["cold", "hot"], "belief_id": 1, "belief_probs": [0.25, 0.75]}
+    rows = [row | {"chosen": "yo", "rejected": "no"}] * 2
+    rows += [row | {"chosen": "yo", "rejected": "n" * 13}, row | {"chosen": "y" * 13, "rejected": "no"}]
+    rows += [row | {"chosen": "yo", "rejected": "no", "beliefs": ["cold", "h" * 20]}]
+    options = PreferenceOptions(objective="gdpo-belief")
+    cfg = BatchConfig(size=2, max_length=2 * most, truncation=how, packing=False, shuffle=False)
+    encode, more = preference.encoder(TOKENS, options), preference.number_names(options)
+    batches = Batches(rows, encode, cfg, seed=0, parts=2, more=more)
+    for _ in range(4):
+        next(batches)
+    assert batches.dropped == ({4} if how == "keep_start" else {2, 3, 4})

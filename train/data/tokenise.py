@@ -25,6 +25,9 @@ class Encoded(NamedTuple):
     mismatch: bool = False  # a prompt was no prefix of prompt + completion
     labels: np.ndarray | None = None  # float32 [T]: what a token is worth, from 0, bad, to 1, good; 0 where not scored
     more: Mapping[str, np.ndarray] | None = None  # float32 [T] each: further numbers of every token
+    pieces: np.ndarray | None = (
+        None  # int [T]: which part of its completion a token is, if each of them has to be there
+    )
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: Text, completion: Text) -> Encoded:
@@ -97,18 +100,22 @@ def truncate(encoded: Encoded, max_length: int, how: Truncation = "keep_start") 
     """At most `max_length` tokens, from the start or from the end.
 
     The first token that is left is never scored, as nothing stands before it. What then has no scored token is of no
-    use; callers drop and count it.
+    use; callers drop and count it. So it is with a completion in pieces that loses all of one.
     """
-    ids, scored, mismatch, labels, more = encoded
+    ids, scored, mismatch, labels, more, pieces = encoded
     if len(ids) > max_length:
         part = slice(max_length) if how == "keep_start" else slice(-max_length, None)
         ids, scored = ids[part], scored[part]
         labels = None if labels is None else labels[part]
         more = None if more is None else {name: numbers[part] for name, numbers in more.items()}
+        pieces = None if pieces is None else pieces[part]
     if len(scored) and scored[0]:
         scored = scored & (np.arange(len(scored)) > 0)
+    if pieces is not None and encoded.pieces is not None:
+        lost = {*encoded.pieces[encoded.scored].tolist()} - {*pieces[scored].tolist()}
+        scored = scored & (not lost)
     labels = None if labels is None else np.where(scored, labels, np.float32(0))
-    return Encoded(ids, scored, mismatch, labels, more)
+    return Encoded(ids, scored, mismatch, labels, more, pieces)
 
 
 # ----------------------------------------------------------------------------------------------------------- private

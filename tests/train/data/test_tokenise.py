@@ -247,3 +247,13 @@ def test_labels_are_cut_with_their_tokens():
         assert got.labels.dtype == np.float32
     assert truncate(given, 6).labels.tolist() == given.labels.tolist()
     assert truncate(given._replace(labels=None), 4).labels is None
+
+
+def test_of_a_completion_in_pieces_each_keeps_a_token_or_none_is_scored():
+    pieces = np.array([0, 0, 1, 2, 2, 3, 3])
+    encoded = Encoded(np.arange(7, dtype=np.int32), pieces > 0, pieces=pieces)
+    for most, how, left in ((7, "keep_start", 5), (6, "keep_start", 4), (5, "keep_start", 0), (4, "keep_start", 0)):
+        cut = truncate(encoded, most, how)
+        assert (len(cut.ids), cut.scored.sum()) == (most, left)
+        np.testing.assert_array_equal(cut.pieces, pieces[:most])
+    assert [truncate(encoded, most, "keep_end").scored.sum() for most in (7, 6, 5, 4)] == [5, 5, 0, 0]
