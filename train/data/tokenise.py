@@ -25,9 +25,7 @@ class Encoded(NamedTuple):
     mismatch: bool = False  # a prompt was no prefix of prompt + completion
     labels: np.ndarray | None = None  # float32 [T]: what a token is worth, from 0, bad, to 1, good; 0 where not scored
     more: Mapping[str, np.ndarray] | None = None  # float32 [T] each: further numbers of every token
-    pieces: np.ndarray | None = (
-        None  # int [T]: which part of its completion a token is, if each of them has to be there
-    )
+    pieces: np.ndarray | None = None  # int [T]: which part of its completion a token is, if none may be cut away
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: Text, completion: Text) -> Encoded:
