@@ -251,19 +251,23 @@ def list_objectives(*, objective: str = "list", json: bool = False) -> int:
       json: print JSON instead of a table.
     """
     from ..train.objectives.by_name import OBJECTIVES
+    from ..train.preference import PreferenceOptions
 
-    rows = []
+    rows, usual = [], PreferenceOptions()
     for name, known in OBJECTIVES.items():
         settings = dataclasses.asdict(known.config)
         more = {"learning_rate": known.learning_rate, "batch": known.batch}
         row = {"objective": name, "paper": f"arXiv:{known.paper}", "layout": known.layout}
-        row |= {"reference": known.reads(known.config), "settings": settings}
+        row |= {"reads": known.reads(known.config), "settings": settings}
+        row |= {} if row["reads"] == "nothing" else {"reference": known.reference}
         rows.append(row | {key: value for key, value in more.items() if value is not None})
     if json:
         print(dumps(rows))
         return 0
     for row in rows:
-        heads = [f"{row['objective']:10}", f"{row['paper']:17}", f"{row['layout']:13}", f"reads {row['reference']}"]
+        heads = [f"{row['objective']:10}", f"{row['paper']:17}", f"{row['layout']:13}", f"reads {row['reads']}"]
+        if row.get("reference") == "mixed":
+            heads.append(f"reference mixed: {usual.mix:g} of the policy every {usual.mix_every} steps")
         print("  ".join(heads))
         print("    " + "  ".join(f"{key}={value}" for key, value in row["settings"].items()))
         if more := [f"{key} {row[key]:g}" for key in ("learning_rate", "batch") if key in row]:

@@ -9,10 +9,12 @@ become sequences, where the reference comes from, and the loss with its forward 
     mixed         a copy that follows the policy, every `mix_every` steps by `mix` (TR-DPO, 2404.09656)
     none          for objectives that read no reference
 
-`auto` is frozen, or none where none is read.
+`auto` is none where none is read, mixed for TR-DPO, else frozen.
 """
 
+import bisect
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -58,7 +60,7 @@ class PreferenceOptions:
 
     Attributes:
       objective: one of `--objective list`.
-      reference: what the policy is held against; auto is the model as it began, for objectives that read one.
+      reference: what the policy is held against; auto is what the paper of the objective has.
       mix: what of the policy goes into a mixed reference.
       mix_every: steps between two mixtures.
     """
@@ -114,14 +116,16 @@ def reference_of(options: PreferenceOptions) -> Reference:
     """The kind of reference that a run has; never auto."""
     if options.reference != "auto":
         return options.reference
-    return "none" if objective_of(options).reads(settings_of(options)) == "nothing" else "frozen"
+    objective = objective_of(options)
+    return "none" if objective.reads(settings_of(options)) == "nothing" else objective.reference
 
 
 def check_reference(options: PreferenceOptions) -> None:
     """That the objective, with the settings it has, reads such a reference; options are complete by then.
 
     Raises:
-      ValueError: if it reads none and there is one, or the reverse; and where what it reads is not written down.
+      ValueError: if it reads none and there is one, or the reverse; where what it reads is not written down; and for
+        settings of a mixture that there is not.
     """
     objective, name, kind = objective_of(options), options.objective, reference_of(options)
     reads = objective.reads(settings_of(options))
@@ -135,6 +139,12 @@ def check_reference(options: PreferenceOptions) -> None:
         raise ValueError(
             f"train preference: reference={kind!r} with {name}, which reads the reference at every token; expected "
             "frozen or mixed, for what is written down are sums."
+        )
+    usual = PreferenceOptions()
+    if kind != "mixed" and (options.mix, options.mix_every) != (usual.mix, usual.mix_every):
+        raise ValueError(
+            f"train preference: mix={options.mix:g} every {options.mix_every} steps with reference={kind!r}, which "
+            "stays as it is; expected --reference mixed."
         )
     if kind == "columns" and objective.layout not in _COLUMNS:
         raise ValueError(
@@ -173,22 +183,35 @@ def bare_encoder(tokenizer: Tokenizer, options: PreferenceOptions) -> Encode:
 
 
 class Mismatched:
-    """Rows for KTO: each brings the answer of the next one, to be put behind its own prompt."""
+    """Rows for KTO: each brings an answer to another prompt, to be put behind its own.
+
+    Rows of one prompt often stand together; the answer is that of as many rows further on, so that each has its turn.
+    """
 
     def __init__(self, examples: Examples):
-        """Of rows of layout `unpaired`, two at least."""
-        if len(examples) < 2:
+        """Of rows of layout `unpaired`, of two prompts at least; all are read once."""
+        known: dict[str, int] = {}
+        ids = [known.setdefault(json.dumps(examples[i]["prompt"]), i) for i in range(len(examples))]
+        if len(known) < 2:
             raise ValueError(
-                f"train preference: {len(examples)} row for kto; expected at least 2, to mismatch answers."
+                f"train preference: {len(known)} prompt in {len(examples)} rows for kto; expected at least 2, to "
+                "mismatch answers. --loss apo_zero_unpaired does without."
             )
-        self._examples = examples
+        ends = [i + 1 for i in range(len(ids)) if i + 1 == len(ids) or ids[i] != ids[i + 1]]
+        self._examples, self._others = examples, np.empty(len(ids), np.int64)
+        for begin, end in zip([0, *ends], ends, strict=False):
+            for i in range(begin, end):
+                other = (i + end - begin) % len(ids)
+                while ids[other] == ids[i]:  # at most twice: where the last row and the first are of one prompt
+                    other = ends[bisect.bisect_right(ends, other)] % len(ids)
+                self._others[i] = other
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         """Row `i`, with `mismatched`."""
-        other = self._examples[(i + 1) % len(self._examples)]
+        other = self._examples[int(self._others[i])]
         return {**self._examples[i], "mismatched": other["completion"]}
 
 

@@ -210,6 +210,9 @@ def test_every_objective_is_listed_with_its_paper_and_its_settings(run):
         assert f"\n{name} " in f"\n{out}"
         assert f"arXiv:{known.paper}" in out
     assert "beta=0.1" in out
+    [line] = [line for line in out.splitlines() if "reference mixed" in line]
+    assert line.startswith("tr-dpo ")
+    assert line.endswith("mixed: 0.6 of the policy every 512 steps")
     status, out, _ = run("train", "preference", "--objective", "list", "--json")
     assert {row["objective"] for row in json.loads(out)} == {*OBJECTIVES}
 

@@ -24,7 +24,7 @@ from jaxaroo.train.data.pipeline import BatchConfig, Batches
 from jaxaroo.train.data.tokenise import Encoded
 from jaxaroo.train.metrics import read_records
 from jaxaroo.train.objectives.bco import BcoConfig
-from jaxaroo.train.objectives.by_name import sparsepo_terms
+from jaxaroo.train.objectives.by_name import OBJECTIVES, sparsepo_terms
 from jaxaroo.train.objectives.d2o import D2oConfig
 from jaxaroo.train.objectives.dpo import DpoConfig
 from jaxaroo.train.objectives.fsft import FsftConfig
@@ -252,6 +252,14 @@ def test_a_mixed_reference_takes_its_share_at_its_steps_and_of_the_model_alone()
             new = carry.advance(carry.init(base), params, {}, jnp.int32(step))
             wanted = [2.0, 2.125] if step in (2, 5) else [1.0, 2.0]
             np.testing.assert_array_equal(new["reference"]["w"], wanted, err_msg=f"{objective} {step}")
+
+
+def test_a_reference_follows_the_policy_where_its_paper_has_it_so_and_nowhere_else():
+    for name in OBJECTIVES:
+        carry = preference.carry_of(PreferenceOptions(objective=name))
+        held = {} if carry is None else carry.init({"w": jnp.ones(1)})
+        assert ("reference" in held) == (name == "tr-dpo"), name
+    assert preference.reference_of(PreferenceOptions(objective="tr-dpo", reference="frozen")) == "frozen"
 
 
 def test_an_objectives_own_network_begins_from_the_seed_and_the_model_as_it_is():
@@ -560,6 +568,8 @@ def test_options_that_mean_nothing_are_refused(given, message):
     ("given", "message"),
     [
         (dict(objective="simpo", reference="frozen"), "which reads none; expected auto or none"),
+        (dict(mix=0.5), "mix=0.5 every 512 steps with reference='frozen', which stays as it is"),
+        (dict(objective="tr-dpo", reference="frozen", mix_every=8), "every 8 steps with reference='frozen'"),
         (dict(reference="none"), "which reads one; expected auto, frozen"),
         (dict(objective="asft", reference="precomputed"), "reads the reference at every token"),
         (dict(objective="ld-dpo", reference="columns"), "reads the reference at every token"),
@@ -583,8 +593,8 @@ def test_rows_and_settings_that_cannot_be_used_are_refused(base, tmp_path):
         start("preference", dataclasses.replace(cfg, out=tmp_path / "other"), PreferenceOptions(reference="columns"))
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "other").exists()
-    with pytest.raises(ValueError, match="expected at least 2, to mismatch answers"):
-        preference.prepare([{"completion": "a"}], PreferenceOptions(objective="kto"))
+    with pytest.raises(ValueError, match="1 prompt in 2 rows for kto; expected at least 2, to mismatch answers"):
+        preference.prepare([{"prompt": "p", "completion": c} for c in "ab"], PreferenceOptions(objective="kto"))
 
 
 def _origin(base):
@@ -593,6 +603,21 @@ def _origin(base):
     return Origin(CFG, byte_tokenizer(), base / "model")
 
 
-def test_a_row_of_kto_brings_the_answer_of_the_next():
-    rows = preference.prepare([{"completion": c} for c in "abc"], PreferenceOptions(objective="kto"))
-    assert [rows[i]["mismatched"] for i in range(3)] == ["b", "c", "a"]
+@pytest.mark.parametrize(
+    ("prompts", "wanted"),
+    [
+        ("abc", [1, 2, 0]),
+        ("aabbcc", [2, 3, 4, 5, 0, 1]),  # as pairs that were taken apart stand
+        ("aaab", [3, 3, 3, 0]),  # the first three go on to b: what is behind it is a again
+        ("abba", [1, 3, 0, 1]),
+        ("aabaaacaa", None),
+    ],
+)
+def test_a_row_of_kto_brings_an_answer_to_another_prompt(prompts, wanted):
+    """In turn: where prompts have equally many rows, each answer once."""
+    options = PreferenceOptions(objective="kto")
+    rows = preference.prepare([{"prompt": p, "completion": str(i)} for i, p in enumerate(prompts)], options)
+    found = [int(rows[i]["mismatched"]) for i in range(len(rows))]
+    assert [rows[i]["completion"] for i in range(len(rows))] == [str(i) for i in range(len(prompts))]
+    assert not [i for i, other in enumerate(found) if prompts[i] == prompts[other]]
+    assert wanted in (None, found)

@@ -55,6 +55,7 @@ class Objective(NamedTuple):
     wanted: Callable[[Batch, Any], Bool[Array, "B T"]] = lambda batch, cfg: batch.mask  # of the policy
     still: Callable[[Batch, Any], Bool[Array, "B T"] | None] = lambda batch, cfg: None  # those that get no gradient
     collect: bool = False  # of the reference the state behind every layer
+    reference: Literal["frozen", "mixed"] = "frozen"  # that the paper has, where one is read
     learning_rate: float | None = None  # published
     batch: int | None = None  # examples an update, published
 
@@ -334,7 +335,7 @@ OBJECTIVES: dict[str, Objective] = {
     "mpo": _dpo("MPO", "2411.10442"),
     "wpo": _dpo("WPO", "2406.11827"),
     "aot": _dpo("AOT", "2406.05882"),
-    "tr-dpo": _dpo("TR-DPO", "2404.09656"),
+    "tr-dpo": _dpo("TR-DPO", "2404.09656")._replace(reference="mixed"),
     "mm-dpo": Objective(
         "2502.10391", "pairs", mm_dpo.MmDpoConfig(), mm_dpo_terms, more=lambda cfg: ("gap",), learning_rate=1e-6
     ),
