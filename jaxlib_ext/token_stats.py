@@ -3,9 +3,10 @@
     z = transform(hidden . head^T)     lse = log sum_v exp z_v     logp = z_target - lse     entropy = lse - E_p[z]
 
 One sweep over tiles of logits keeps of every token the maximum m, the sum s of exp(z - m), the logit of its target and
-the sum e of exp(z - m) (z - m), for entropy = log s - e / s. Who asks also gets the sum of exp(z - m)^2, without
-gradient: log sum_v p_v^2 says how much the distribution is in few tokens. Backward, tiles are computed again from the
-saved log-sum-exp: with cotangents a, b, c of the three results and p = exp(z - lse),
+the sum e of exp(z - m) (z - m), for entropy = log s - e / s. Whether the target's logit is m comes free. Who asks also
+gets the sum of exp(z - m)^2, without gradient: log sum_v p_v^2 says how much the distribution is in few tokens.
+Backward, tiles are computed again from the saved log-sum-exp: with cotangents a, b, c of the three results and p =
+exp(z - lse),
 
     dz = a (onehot - p) + b p - c p (log p + entropy)
 
@@ -44,6 +45,7 @@ class TokenStats(NamedTuple):
     logp: Float[Array, "*N"]
     lse: Float[Array, "*N"]
     entropy: Float[Array, "*N"]
+    greedy: Float[Array, "*N"]  # 1 where no token is more likely, else 0; no gradient
     log_sum_sq: Float[Array, "*N"] | None = None  # log sum_v p_v^2, without gradient; None if nobody asked
 
 
@@ -64,7 +66,8 @@ def reference(
     chosen = jnp.take_along_axis(logp, targets[:, None], axis=-1)[:, 0]
     entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
     log_sum_sq = jax.lax.stop_gradient(jax.nn.logsumexp(2 * logp, axis=-1)) if want_sum_sq else None
-    return TokenStats(chosen, lse, entropy, log_sum_sq)
+    greedy = (chosen >= jnp.max(logp, axis=-1)).astype(jnp.float32)
+    return TokenStats(chosen, lse, entropy, greedy, log_sum_sq)
 
 
 def token_stats(
@@ -99,7 +102,7 @@ def token_stats(
       impl: as `dispatch.run` takes it, of both passes.
 
     Returns:
-      Three numbers for each token; four with `want_sum_sq`.
+      Four numbers for each token; five with `want_sum_sq`.
     """
     if hidden.shape[:-1] != targets.shape or head.ndim != 2 or hidden.shape[-1] != head.shape[1]:
         found = f"hidden {hidden.shape}, head {head.shape}, targets {targets.shape}"
@@ -155,7 +158,7 @@ def _forward(hidden, head, targets, mask, static: _Static):
 
 def _backward(static: _Static, saved: Any, cotangents: TokenStats):
     local = functools.partial(_local_backward, static=static)
-    own = (cotangents.logp, cotangents.lse, cotangents.entropy)  # that of log_sum_sq is not looked at
+    own = (cotangents.logp, cotangents.lse, cotangents.entropy)  # those of the others are not looked at
     return *on_shards(local, static.layout, "dwttttttt", "dw")(*saved, *own), None, None
 
 
@@ -177,7 +180,8 @@ def _local_forward(hidden, head, targets, mask, static: _Static) -> TokenStats:
         s, g, e, ss = jax.lax.psum((s * shrink, g, e, ss), vocab)
     lse = m + jnp.log(s)
     log_sum_sq = jnp.log(ss[0]) - 2 * jnp.log(s) if ss else None
-    return chosen.put(TokenStats(g - lse, lse, jnp.log(s) - e / s, log_sum_sq))
+    greedy = (g >= m).astype(jnp.float32)
+    return chosen.put(TokenStats(g - lse, lse, jnp.log(s) - e / s, greedy, log_sum_sq))
 
 
 def _local_backward(hidden, head, targets, mask, lse, entropy, a, b, c, static: _Static):

@@ -368,6 +368,7 @@ def make_loss(
     objective, cfg = objective_of(options), settings_of(options)
     parts, reads = objective.parts(cfg), objective.reads(cfg)
     squares, owns = getattr(cfg, "wpo", False), objective.carry(cfg) is not None
+    judged = objective.layout in ("pairs", "unpaired")
     states = tuple(range(1, config.num_layers + 1)) if objective.collect else ()
     ids = belief_ids(tokenizer) if objective.layout == "beliefs" and tokenizer is not None else None
 
@@ -375,7 +376,7 @@ def make_loss(
         del key  # nothing is random here
         score = lambda weights, **more: score_targets(config, weights, batch, rules=rules, remat=remat, **more)
         asked = dict(wanted=objective.wanted(batch, cfg), still=objective.still(batch, cfg))
-        policy = score(params["policy"], squares=squares, **asked)
+        policy = score(params["policy"], squares=squares, mean_logits=judged, **asked)
         weights, reference = None, None
         if reference_of(options) in ("frozen", "mixed"):
             weights = params["reference"] if "reference" in params else carry["reference"]
@@ -527,6 +528,8 @@ def _numbers(name: str, row: Mapping[str, Any], parts: int, layout: str) -> Sequ
         if name == "gap":
             gap = row["margin"] if "margin" in row else row["score_chosen"] - row["score_rejected"]
             return [gap] * parts
+        if name == "beliefs":
+            return [float(len(row["beliefs"]))] * parts
         if name == "accepted":
             return [float(row["belief_id"])] * parts
         if name.startswith("held_"):

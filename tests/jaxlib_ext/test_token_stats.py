@@ -31,7 +31,7 @@ def oracle(hidden, head, targets, scale=1.0, softcap=None, temperature=1.0):
         z = (z if softcap is None else softcap * np.tanh(z / softcap)) / temperature
         lse = z.max() + np.log(np.exp(z - z.max()).sum())
         p = np.exp(z - lse)
-        rows.append((z[y] - lse, lse, -(p * (z - lse)).sum(), np.log((p * p).sum())))
+        rows.append((z[y] - lse, lse, -(p * (z - lse)).sum(), y == z.argmax(), np.log((p * p).sum())))
     return TokenStats(*np.array(rows).T)
 
 
@@ -54,7 +54,8 @@ def loss(form, cotangents, **options):
     """A different weight for every token of every result, so that no gradient can hide behind another."""
 
     def total(h, w, y):
-        stats = [s for s in form(h, w, y, **options) if s is not None]
+        logp, lse, entropy, _, square = form(h, w, y, **options)
+        stats = [s for s in (logp, lse, entropy, square) if s is not None]
         return sum(jnp.sum(c * s) for c, s in zip(cotangents, stats, strict=True))
 
     return total
@@ -85,7 +86,7 @@ def test_large_logits_stay_finite():
 def test_bfloat16_inputs_accumulate_in_float32():
     args = inputs(jnp.bfloat16)
     got = token_stats(*args, token_tile=8, vocab_tile=16, want_sum_sq=True)
-    assert [s.dtype for s in got] == [jnp.float32] * 4
+    assert [s.dtype for s in got] == [jnp.float32] * 5
     exact = tuple(np.asarray(a, np.float32) for a in args[:2])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, oracle(*exact, args[2]))
     gh, gw = jax.grad(loss(token_stats, [jnp.ones(N)] * 3, token_tile=8, vocab_tile=16), argnums=(0, 1))(*args)
@@ -110,6 +111,19 @@ def test_the_sum_of_squares_goes_from_one_over_the_vocabulary_to_one_and_only_to
     got = token_stats(hidden, head, jnp.zeros(2, jnp.int32), want_sum_sq=True, **options)
     np.testing.assert_allclose(got.log_sum_sq, [-np.log(V), 0.0], rtol=0, atol=1e-6)
     assert token_stats(hidden, head, jnp.zeros(2, jnp.int32), **options).log_sum_sq is None
+
+
+@pytest.mark.parametrize("form", [reference, functools.partial(token_stats, token_tile=8, vocab_tile=16)])
+def test_greedy_is_the_most_likely_token_and_moves_nothing(form):
+    """Half of the targets are the most likely token, and others come near: so says argmax in float64."""
+    hidden, head, _ = inputs()
+    order = np.argsort(np.float64(hidden) @ np.float64(head).T, axis=1)
+    targets = jnp.asarray(np.where(np.arange(N) % 2, order[:, -1], order[:, -2]))
+    np.testing.assert_array_equal(form(hidden, head, targets).greedy, np.arange(N) % 2)
+    same = form(hidden, jnp.ones_like(head), targets).greedy  # a tie is no miss
+    np.testing.assert_array_equal(same, np.ones(N))
+    grads = jax.grad(lambda h, w: form(h, w, targets).greedy.sum(), argnums=(0, 1))(hidden, head)
+    assert not any(np.any(g) for g in grads)
 
 
 def test_memory_is_that_of_tiles():
@@ -172,7 +186,8 @@ def test_each_device_does_its_own_part(shape, tokens, vocab, masked):
     """Oracle: one device. Masks differ from device to device, so some skip what others do not."""
     rng = np.random.default_rng(1)
     h, w = rng.normal(size=(8, 6, D)).astype(np.float32), rng.normal(size=(104, D)).astype(np.float32)
-    y, mask = rng.integers(0, 104, (8, 6)), jnp.asarray(rng.random((8, 6)) < np.linspace(0, 1, 8)[:, None])
+    order, mask = np.argsort(h @ w.T, axis=-1), jnp.asarray(rng.random((8, 6)) < np.linspace(0, 1, 8)[:, None])
+    y = np.where(np.arange(6) % 2, order[..., -1], order[..., -2])  # the second best may be the best of its device
     cotangents = rng.normal(size=(3, 8, 6)).astype(np.float32)
 
     def total(h, w, layout):

@@ -63,11 +63,11 @@ class Objective(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------- pairs
 def dpo_terms(view: View, cfg: dpo.DpoConfig) -> tuple[Terms, Terms]:
     """Every loss of the list; `sft` among them is a mean over tokens of chosen answers."""
-    logp = None if cfg.ld_alpha is None else view.policy.logp * _ld_weights(view, cfg.ld_alpha)
-    if cfg.ld_alpha is not None and view.reference is not None:
-        reference = view.reference._replace(logp=view.reference.logp * _ld_weights(view, cfg.ld_alpha))
-        view = view._replace(reference=reference)
-    sums = all_sums(view, logp)
+    sums, whole = all_sums(view), None
+    if cfg.ld_alpha is not None:
+        whole, weight = (side(sums, 0), side(sums, 1)), _ld_weights(view, cfg.ld_alpha)
+        lighter = lambda scores: None if scores is None else scores._replace(logp=scores.logp * weight)
+        sums = all_sums(view._replace(policy=lighter(view.policy), reference=lighter(view.reference)))
     chosen, rejected = side(sums, 0), side(sums, 1)
     certainty = None
     if cfg.wpo:
@@ -78,11 +78,11 @@ def dpo_terms(view: View, cfg: dpo.DpoConfig) -> tuple[Terms, Terms]:
     if any(name == "sppo_soft" for name, _ in cfg.losses):
         win = sequence_value("win", view.batch, 2)[:, 0]
     there = counted(view.batch, 2)
-    values, metrics = dpo.dpo(chosen, rejected, cfg, counted=there, win=win, certainty=certainty)
+    values, metrics = dpo.dpo(chosen, rejected, cfg, counted=there, win=win, certainty=certainty, whole=whole)
     units = {name: "first_token" if name == "sft" else "example" for name in values}
     weights = example_weights(view.batch, 2)
     terms = {name: Term(value, weights, units[name]) for name, value in values.items()}
-    return terms, measured(metrics, view) | _of_tokens(view)
+    return terms, measured(metrics, view) | _of_pairs(view)
 
 
 def mm_dpo_terms(view: View, cfg: mm_dpo.MmDpoConfig) -> tuple[Terms, Terms]:
@@ -94,7 +94,7 @@ def mm_dpo_terms(view: View, cfg: mm_dpo.MmDpoConfig) -> tuple[Terms, Terms]:
     terms |= _chosen_nll(view, chosen, cfg.sft)
     r_w, r_l = (s.policy - _known(s) for s in (chosen, rejected))
     found = pair_metrics(chosen, rejected, beta * r_w, beta * r_l)
-    return terms, measured(found | {"beta": beta, "score_gap": gap}, view) | _of_tokens(view)
+    return terms, measured(found | {"beta/mean": beta, "score_gap": gap}, view) | _of_pairs(view)
 
 
 def orpo_terms(view: View, cfg: orpo.OrpoConfig) -> tuple[Terms, Terms]:
@@ -112,7 +112,7 @@ def orpo_terms(view: View, cfg: orpo.OrpoConfig) -> tuple[Terms, Terms]:
     a_w, a_l = chosen.policy / chosen.tokens, rejected.policy / rejected.tokens
     found = pair_metrics(chosen, rejected, cfg.lam * a_w, cfg.lam * a_l)
     found |= {"log_odds_chosen": odds, "log_odds_ratio": jax.nn.log_sigmoid(odds)}
-    return terms, measured(found, view) | _of_tokens(view)
+    return terms, measured(found, view) | _of_pairs(view)
 
 
 def orpo_wanted(batch: Batch, cfg: orpo.OrpoConfig) -> Bool[Array, "B T"]:
@@ -127,7 +127,7 @@ def simpo_terms(view: View, cfg: simpo.SimpoConfig) -> tuple[Terms, Terms]:
     terms = {"simpo": per_example(simpo.simpo(chosen, rejected, cfg), view)}
     terms |= _chosen_nll(view, chosen, cfg.nll)
     rewards = (cfg.beta * simpo.reward(s, cfg) for s in (chosen, rejected))
-    return terms, measured(pair_metrics(chosen, rejected, *rewards), view) | _of_tokens(view)
+    return terms, measured(pair_metrics(chosen, rejected, *rewards), view) | _of_pairs(view)
 
 
 def cpo_terms(view: View, cfg: cpo.CpoConfig) -> tuple[Terms, Terms]:
@@ -137,7 +137,7 @@ def cpo_terms(view: View, cfg: cpo.CpoConfig) -> tuple[Terms, Terms]:
     terms = {"cpo": per_example(cpo.cpo(chosen, rejected, cfg), view)}
     terms |= _chosen_nll(view, chosen, cfg.alpha)
     rewards = (cfg.beta * s.policy for s in (chosen, rejected))
-    return terms, measured(pair_metrics(chosen, rejected, *rewards), view) | _of_tokens(view)
+    return terms, measured(pair_metrics(chosen, rejected, *rewards), view) | _of_pairs(view)
 
 
 def d2o_terms(view: View, cfg: d2o.D2oConfig) -> tuple[Terms, Terms]:
@@ -166,7 +166,7 @@ def sparsepo_terms(
     tokens = batch.mask.astype(jnp.float32)
     masks = {"mask/mean": m_u, "mask/sparsity_u": m_u == 0, "mask/sparsity_d": m_d == 0}
     shares = {name: Term(x.astype(jnp.float32), tokens, "token") for name, x in masks.items()}
-    return {"sparsepo": per_example(value, view)}, measured(found, view) | shares | _of_tokens(view)
+    return {"sparsepo": per_example(value, view)}, measured(found, view) | shares | _of_pairs(view)
 
 
 def gdpo_belief_terms(
@@ -175,7 +175,7 @@ def gdpo_belief_terms(
     """Calibration where the id is predicted, DPO of answers, likelihood of the accepted belief.
 
     Args:
-      view: pairs, whose tokens say what they are: `id` and `belief` are 1 at those, and `held_k` is p*.
+      view: pairs, whose tokens say what they are: `id` and `belief` are 1 at those; `held_k` is p* of `beliefs`.
       cfg: weights.
       beliefs: at every target the log-probability of each id token.
     """
@@ -199,7 +199,8 @@ def gdpo_belief_terms(
     }
     rewards = (cfg.beta * (s.policy - _known(s)) for s in (chosen, rejected))
     accepted = sequence_value("accepted", batch, 2)[:, 0]
-    found = pair_metrics(chosen, rejected, *rewards) | gdpo_belief.belief_metrics(held, logp, accepted)
+    number = sequence_value("beliefs", batch, 2)[:, 0]
+    found = pair_metrics(chosen, rejected, *rewards) | gdpo_belief.belief_metrics(held, number, logp, accepted)
     return terms, measured(found | {"belief/kl": kl}, view) | _of_tokens(view)
 
 
@@ -216,8 +217,9 @@ def kto_terms(view: View, cfg: kto.KtoConfig, *, carry: Float[Array, ""] | None 
     if now is not None:
         there = counted(view.batch, view.parts).astype(jnp.float32)
         spread = lambda x: jnp.full(there.shape, x)
-        found |= {"kl": Term(spread(kl), there, "example"), "kl_now": Term(spread(now), there, "example")}
-    return terms, found | _of_tokens(view)
+        z0 = jnp.maximum(kl, 0.0)  # as TRL logs it; what goes on is not clamped
+        found |= {"kl": Term(spread(z0), there, "example"), "kl_now": Term(spread(now), there, "example")}
+    return terms, found | _of_rows(view)
 
 
 def kto_still(batch: Batch, cfg: kto.KtoConfig) -> Bool[Array, "B T"] | None:
@@ -356,7 +358,7 @@ OBJECTIVES: dict[str, Objective] = {
         gdpo_belief.GdpoBeliefConfig(),
         gdpo_belief_terms,
         reads=lambda cfg: "tokens",
-        more=lambda cfg: ("id", "belief", "accepted", *(f"held_{k}" for k in range(gdpo_belief.MOST))),
+        more=lambda cfg: ("id", "belief", "accepted", "beliefs", *(f"held_{k}" for k in range(gdpo_belief.MOST))),
         learning_rate=5e-7,
         batch=32,
     ),
@@ -438,7 +440,28 @@ def _known(sums: Sums) -> Array:
 
 
 def _of_tokens(view: View) -> dict[str, Term]:
-    return {"entropy": Term(view.policy.entropy, view.batch.mask.astype(jnp.float32), "token")}
+    found = {"entropy": view.policy.entropy, "mean_token_accuracy": view.policy.greedy}
+    ones = view.batch.mask.astype(jnp.float32)
+    return {name: Term(value, ones, "token") for name, value in found.items() if value is not None}
+
+
+def _of_rows(view: View) -> dict[str, Term]:
+    """The same of answers to their own prompts, which stand first."""
+    first = part_of(view.batch, view.parts) == 0
+    return {
+        name: Term(value, jnp.where(first, weight, 0.0), "first_token")
+        for name, (value, weight, _) in _of_tokens(view).items()
+    }
+
+
+def _of_pairs(view: View) -> dict[str, Term]:
+    """Logits as TRL has them too: means over vocabulary and tokens, of either side."""
+    if (z := view.policy.mean_logit) is None:
+        return _of_tokens(view)
+    at, found = part_of(view.batch, 2), _of_tokens(view)
+    for part, (name, unit) in enumerate((("chosen", "first_token"), ("rejected", "last_token"))):
+        found[f"logits/{name}"] = Term(z, (view.batch.mask & (at == part)).astype(jnp.float32), unit)
+    return found
 
 
 def _of_answers(view: View) -> dict[str, Term]:
@@ -464,6 +487,9 @@ def _by_label(view: View, rows: Sums, beta: float) -> dict[str, Term]:
     for name, of_kind, unit in (("chosen", good, "good_example"), ("rejected", ~good, "bad_example")):
         weight = (there & of_kind).astype(jnp.float32)
         found |= {f"rewards/{name}": Term(reward, weight, unit), f"logps/{name}": Term(rows.policy, weight, unit)}
+        if view.policy.mean_logit is not None:
+            z = sequence_sum(view.policy.mean_logit, view.batch, view.parts)[:, 0] / rows.tokens
+            found[f"logits/{name}"] = Term(z, weight, unit)
     return found
 
 

@@ -98,6 +98,7 @@ def dpo(
     counted: Bool[Array, " n"] | None = None,
     win: Float[Array, " n"] | None = None,
     certainty: tuple[Float[Array, " n"], Float[Array, " n"]] | None = None,
+    whole: tuple[Sums, Sums] | None = None,
 ) -> tuple[dict[str, Float[Array, " n"]], dict[str, Float[Array, " n"]]]:
     """Every loss of the list, times its weight, and what is logged.
 
@@ -108,6 +109,7 @@ def dpo(
       counted: False for pairs that pad the batch; only aot and aot_unpaired look at other pairs.
       win: for sppo_soft, how probable a judge finds it that the chosen answer is better.
       certainty: for WPO, of either side the mean over tokens of log p_t - log sum_v p_v^2.
+      whole: for LD-DPO, sums in which every token counts 1: `sft` is of those, and so is what is logged, but rewards.
 
     Returns:
       Values a pair by name, and metrics a pair. The trainer divides by the number of pairs, but `sft` by that of the
@@ -118,9 +120,10 @@ def dpo(
     if (certainty is not None) != cfg.wpo:
         raise ValueError("dpo: found wpo without `certainty`, or the reverse; expected both or neither.")
     found: dict[str, Float[Array, " n"]] = {}
+    plain = (chosen, rejected) if whole is None else whole
     for name, weight in cfg.losses:
         if name == "sft":
-            found[name] = weight * chosen_nll(chosen)
+            found[name] = weight * chosen_nll(plain[0])
             continue
         if name == "aot":
             value = aot(chosen, rejected, cfg, counted)
@@ -131,7 +134,7 @@ def dpo(
         else:
             value = LOSSES[name](chosen, rejected, cfg)
         found[name] = weight * value if certainty is None else weight * wpo_weight(*certainty, cfg) * value
-    return found, pair_metrics(chosen, rejected, *_rewards(chosen, rejected, cfg))
+    return found, pair_metrics(*plain, *_rewards(chosen, rejected, cfg))
 
 
 # --------------------------------------------------------------------------------------------------------- the losses

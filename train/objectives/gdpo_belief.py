@@ -57,16 +57,17 @@ def conditional(chosen: Sums, rejected: Sums, cfg: GdpoBeliefConfig) -> Float[Ar
 
 
 def belief_metrics(
-    held: Float[Array, "n K"], logp: Float[Array, "n K"], accepted: Float[Array, " n"]
+    held: Float[Array, "n K"], number: Float[Array, " n"], logp: Float[Array, "n K"], accepted: Float[Array, " n"]
 ) -> dict[str, Float[Array, " n"]]:
     """Without gradient: mass on ids, Jensen-Shannon divergence of what is renormalised, and the gap at the accepted id.
 
     Args:
-      held: p*.
+      held: p*; a belief may have none of it, which costs what the model gives it.
+      number: how many beliefs there are, of K.
       logp: log p_theta.
       accepted: the id of the belief that the pair stands for.
     """
-    there = held > 0
+    there = jnp.arange(held.shape[-1], dtype=jnp.float32)[None, :] < number[:, None]
     p = jnp.where(there, jnp.exp(logp), 0.0)
     mass = jnp.sum(p, axis=-1)
     q = p / jnp.maximum(mass, 1e-30)[:, None]

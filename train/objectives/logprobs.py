@@ -23,6 +23,8 @@ class Scores(NamedTuple):
     log_sum_sq: Float[Array, "B T"] | None = None  # log sum_v p_v^2, without gradient; None if nobody asked
     lse: Float[Array, "B T"] | None = None  # log sum_v e^{z_v} of the logits
     states: tuple[Float[Array, "B T D"], ...] = ()  # those asked for by `collect`
+    greedy: Float[Array, "B T"] | None = None  # 1 where no token is more likely than the target, without gradient
+    mean_logit: Float[Array, "B T"] | None = None  # over the vocabulary, without gradient; None if nobody asked
 
 
 def segment_mask(batch: Batch) -> Bool[Array, "B T T"]:
@@ -59,6 +61,7 @@ def score_targets(
     rules: Rules = REPLICATED,
     remat: Remat = "none",
     squares: bool = False,
+    mean_logits: bool = False,
     collect: tuple[int, ...] = (),
     wanted: Bool[Array, "B T"] | None = None,
     still: Bool[Array, "B T"] | None = None,
@@ -74,6 +77,7 @@ def score_targets(
       rules: where activations lie.
       remat: what the backward pass computes again.
       squares: also how much of the distribution is in few tokens.
+      mean_logits: also the mean over the vocabulary, of every token: one product with the mean of the table's rows.
       collect: states to give back, as `forward` counts them.
     """
     positions, mask = batch.positions, segment_mask(batch)
@@ -87,7 +91,11 @@ def score_targets(
     else:  # each is 0 where the other has something
         fixed = of(wanted & still, *jax.lax.stop_gradient((out.hidden, table)))
         stats = jax.tree.map(jnp.add, of(wanted & ~still, out.hidden, table), fixed)
-    return Scores(stats.logp, stats.entropy, out.hidden, stats.log_sum_sq, stats.lse, out.collected)
+    found = Scores(stats.logp, stats.entropy, out.hidden, stats.log_sum_sq, stats.lse, out.collected, stats.greedy)
+    if not mean_logits:
+        return found
+    hidden, row = jax.lax.stop_gradient((out.hidden, jnp.mean(table, axis=0, dtype=jnp.float32)))
+    return found._replace(mean_logit=jnp.einsum("btd,d->bt", hidden, row, preferred_element_type=jnp.float32))
 
 
 def target_stats(

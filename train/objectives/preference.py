@@ -94,8 +94,8 @@ def pair_metrics(
 def row_metrics(rows: Sums, reward: Float[Array, "*n"]) -> dict[str, Float[Array, "*n"]]:
     """The same of rows that stand alone: `rewards`, `logps`, `length`, and with a reference `kl/k1`.
 
-    Their means over good rows and over bad ones are what TRL calls `rewards/desirable` and so on: terms whose weight is
-    the label, and whose unit counts rows of that label.
+    Means over good rows and over bad ones are TRL's `rewards/chosen`, `logps/rejected` and so on: terms whose weight
+    is the label, and whose unit counts rows of that label; 0 in a window that has none of them.
     """
     found = {
         "rewards": reward.astype(jnp.float32),

@@ -14,9 +14,14 @@ from .logprobs import Scores, score_targets
 
 
 def sft(policy: Scores, batch: Batch) -> tuple[Terms, Terms]:
-    """Terms and metrics; `nll` is in nats a token, `entropy` what the model spreads over the next token."""
+    """Terms and metrics; `nll` is in nats a token, `entropy` what the model spreads over the next token.
+
+    `mean_token_accuracy` is the share of tokens that it would have written itself.
+    """
     ones = batch.mask.astype(policy.entropy.dtype)
-    return {"nll": Term(-policy.logp, batch.weights, "token")}, {"entropy": Term(policy.entropy, ones, "token")}
+    found = {"entropy": policy.entropy, "mean_token_accuracy": policy.greedy}
+    metrics = {name: Term(value, ones, "token") for name, value in found.items() if value is not None}
+    return {"nll": Term(-policy.logp, batch.weights, "token")}, metrics
 
 
 def make_loss(cfg: DecoderConfig, *, rules: Rules = REPLICATED, remat: Remat = "none") -> LossFn:

@@ -93,7 +93,8 @@ def _evaluate(name, batch, arrays, cfg, carry):
 
     def loss(logp):
         zeros = jnp.zeros((*logp.shape, 1))
-        policy = Scores(logp, -logp, zeros, arrays["square"])
+        near = dict(greedy=_likely(arrays["square"]), mean_logit=3.0 * arrays["square"])
+        policy = Scores(logp, -logp, zeros, arrays["square"], **near)
         reference = Scores(arrays["reference"], zeros[..., 0], zeros) if live else None
         extra = {} if carry is None else {"carry": carry}
         if objective.reads(cfg) == "kl":
@@ -103,6 +104,10 @@ def _evaluate(name, batch, arrays, cfg, carry):
         return sum(map(total, terms.values())), {n: total(t) for n, t in (terms | metrics).items()}
 
     return jax.value_and_grad(loss, has_aux=True)(arrays["logp"])
+
+
+def _likely(square):
+    return (square > -0.7).astype(np.float32)
 
 
 def carry_of(name, cfg):
@@ -169,6 +174,13 @@ def test_dpo_and_its_metrics_are_those_of_a_loop():
     assert metrics["rewards/accuracies"] == np.mean(np.array(margins) > 0)
     np.testing.assert_allclose(metrics["logps/rejected"], np.mean([l[0] for _, l in pairs]), rtol=1e-5)
     assert metrics["length/chosen"] == np.mean([w[2] for w, _ in pairs])
+    # Of tokens, not of pairs: logits of either side, and of both what the model would have written itself.
+    squares = [np.concatenate([example(i, 2)[g][2][example(i, 2)[g][3]] for i in range(N)]) for g in (0, 1)]
+    for side, of in zip(("chosen", "rejected"), squares, strict=True):
+        np.testing.assert_allclose(metrics[f"logits/{side}"], 3 * of.mean(), rtol=1e-5)
+    right = _likely(np.concatenate(squares)).mean()
+    assert 0.2 < right < 0.8
+    np.testing.assert_allclose(metrics["mean_token_accuracy"], right, rtol=1e-5)
 
 
 def test_a_mixture_divides_each_loss_by_its_own_unit():
@@ -206,6 +218,14 @@ def test_ld_dpo_counts_what_lies_behind_the_shorter_answer_less():
         of_paper = ld_sum(padded, jnp.asarray(n[:1]), jnp.asarray(n[1:]), 0.25)
         np.testing.assert_allclose(of_paper[0], ours[0][0], rtol=1e-5)
     assert len({tuple(len(p) for p, *_ in example(i, 2)) for i in range(N)}) > 3
+    # The likelihood of chosen answers, and what is logged of them, know nothing of it.
+    both = dataclasses.replace(cfg, losses=(("sigmoid", 1.0), ("sft", 0.5)))
+    _, metrics, _ = evaluate("ld-dpo", *window(2, 3)[:2], both)
+    pairs = [totals(i, 2) for i in range(N)]
+    sft = sum(-weight(i) * w[0] for i, (w, _) in enumerate(pairs)) / sum(w[2] for w, _ in pairs)
+    np.testing.assert_allclose(metrics["sft"], 0.5 * sft, rtol=1e-5)
+    np.testing.assert_allclose(metrics["logps/chosen"], np.mean([w[0] for w, _ in pairs]), rtol=1e-5)
+    np.testing.assert_allclose(metrics["kl/k1_chosen"], np.mean([w[0] - w[1] for w, _ in pairs]), rtol=1e-4)
     np.testing.assert_allclose(value, mean(each), rtol=1e-5)
 
 
@@ -221,7 +241,7 @@ def test_sppo_soft_and_mm_dpo_read_what_rows_bring():
     pairs = [totals(i, 2) for i in range(N)]
     nll = 0.25 * sum(-weight(i) * w[0] for i, (w, _) in enumerate(pairs)) / sum(w[2] for w, _ in pairs)
     np.testing.assert_allclose(value, mean(sp(-beta * (r[:, 0] - r[:, 1]))) + nll, rtol=1e-5)
-    np.testing.assert_allclose([metrics["beta"], metrics["score_gap"]], [beta.mean(), gap.mean()], rtol=1e-5)
+    np.testing.assert_allclose([metrics["beta/mean"], metrics["score_gap"]], [beta.mean(), gap.mean()], rtol=1e-5)
     np.testing.assert_allclose(metrics["rewards/chosen"], np.mean(beta * r[:, 0]), rtol=1e-4)
 
 
@@ -269,6 +289,17 @@ def test_kto_holds_rows_against_answers_to_other_prompts():
     np.testing.assert_allclose(metrics["kl_now"], r[:, 1].mean(), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(metrics["rewards/chosen"], 0.1 * r[good, 0].mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["rewards/rejected"], 0.1 * r[~good, 0].mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["kl"], z, rtol=1e-4, atol=1e-6)
+    own = [example(i, 2)[0] for i in range(N)]  # answers to other prompts are not what the policy is asked for
+    logits = np.array([3 * square[m].mean() for _, _, square, m in own])
+    np.testing.assert_allclose(metrics["logits/rejected"], logits[~good].mean(), rtol=1e-5)
+    right = _likely(np.concatenate([square[m] for _, _, square, m in own])).mean()
+    np.testing.assert_allclose(metrics["mean_token_accuracy"], right, rtol=1e-5)
+    batch, arrays, _ = window(2, 2)
+    swapped = arrays | {"logp": arrays["reference"], "reference": arrays["logp"]}
+    other = evaluate("kto", batch, swapped, cfg)[1]  # of the two estimates one is negative
+    found = [(m["kl_now"], m["kl"]) for m in (metrics, other)]
+    assert min(found)[0] < 0 == min(found)[1] < max(found)[1]
     kept = dataclasses.replace(cfg, kl_decay=0.75)
     begin, advance = OBJECTIVES["kto"].carry(kept)
     assert float(begin) == 0.0

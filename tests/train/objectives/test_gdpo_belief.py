@@ -48,16 +48,17 @@ def test_ids_may_be_named_in_any_order_and_one_belief_costs_the_mass_it_lacks():
     np.testing.assert_array_equal(grads, [[-1.0, 0.0]])
 
 
-def test_metrics_are_those_of_numpy():
-    logp = np.asarray(jax.nn.log_softmax(jnp.asarray(LOGITS)))[:3].astype(np.float64)
-    p = np.exp(logp)
-    q, found = (
-        p / p.sum(),
-        belief_metrics(jnp.asarray(HELD[None], jnp.float32), jnp.asarray(logp[None], jnp.float32), jnp.asarray([1.0])),
-    )
-    m = (q + HELD) / 2
-    js = 0.5 * (HELD * np.log(HELD / m)).sum() + 0.5 * (q * np.log(q / m)).sum()
-    wanted = {"belief/mass": p.sum(), "belief/js": js, "belief_gap": abs(p[1] - 0.3)}
+@pytest.mark.parametrize("held", [HELD, np.array([1.0, 0.0, 0.0]), np.array([0.5, 0.5, 0.0])])
+def test_metrics_are_those_of_numpy(held):
+    """Of three beliefs among ids for five; one that nobody holds is a belief all the same."""
+    logp = np.asarray(jax.nn.log_softmax(jnp.asarray([*LOGITS, 0.5, 0.7])), np.float64)[[0, 1, 2, 4, 5]]
+    p = np.exp(logp)[:3]
+    row = lambda *x: jnp.asarray([x], jnp.float32)
+    found = belief_metrics(row(*held, 0, 0), jnp.asarray([3.0]), row(*logp), jnp.asarray([1.0]))
+    q = p / p.sum()
+    m, part = (q + held) / 2, lambda a: a[a > 0] * np.log(a[a > 0])
+    js = 0.5 * (part(held).sum() + part(q).sum() - ((held + q) * np.log(m)).sum())
+    wanted = {"belief/mass": p.sum(), "belief/js": js, "belief_gap": abs(p[1] - held[1])}
     for name, value in wanted.items():
         np.testing.assert_allclose(found[name], [value], rtol=1e-4, err_msg=name)
 
@@ -79,6 +80,7 @@ def test_terms_are_those_of_a_loop():
     held = np.zeros(MOST)
     held[:3] = HELD
     more = {"id": ones("i"), "belief": ones("b"), "accepted": jnp.ones(KIND.shape)}
+    more["beliefs"] = jnp.full(KIND.shape, 3.0)
     more |= {f"held_{k}": jnp.full(KIND.shape, x, jnp.float32) for k, x in enumerate(held)}
     ints = jnp.asarray(SEGMENT, jnp.int32)
     batch = Batch(ints, ints, ints, ints, jnp.asarray(mask), jnp.asarray(mask, jnp.float32) * 0.5, more=more)

@@ -49,7 +49,7 @@ def places():
 def test_scores_are_those_of_each_example_alone(changes):
     cfg = dataclasses.replace(CFG, **changes)
     params = init_params(cfg, jax.random.key(0))
-    scores = score_targets(cfg, params, packed())
+    scores = score_targets(cfg, params, packed(), mean_logits=True)
     mask = np.asarray(packed().mask)
     assert 0 < mask.sum() < mask.size
     longest = max(map(len, EXAMPLES))  # what follows an example is not seen from it
@@ -61,6 +61,8 @@ def test_scores_are_those_of_each_example_alone(changes):
         want, own = np.log(p[np.arange(len(p)), EXAMPLES[i][1:]]), mask[row, place]
         np.testing.assert_allclose(scores.logp[row, place], want * own, rtol=0, atol=2e-6)
         np.testing.assert_allclose(scores.entropy[row, place], -(p * np.log(p)).sum(-1) * own, rtol=0, atol=2e-6)
+        np.testing.assert_array_equal(scores.greedy[row, place], (z.argmax(-1) == EXAMPLES[i][1:]) * own)
+        np.testing.assert_allclose(scores.mean_logit[row, place], z.mean(-1), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("changes", [{}, {"window": 4, "window_layers": (True, False)}])
@@ -173,10 +175,11 @@ def test_devices_score_their_own_tokens_and_nobody_elses(shape):
     batch = jax.tree.map(lambda x: jnp.concatenate([x] * 4), packed())
 
     def loss(params, batch, rules):
-        scores = score_targets(cfg, params, batch, rules=rules)
-        return jnp.sum(jnp.sin(scores.logp) * jnp.cos(scores.entropy) * jnp.exp(-scores.lse / 9))
+        scores = score_targets(cfg, params, batch, rules=rules, mean_logits=True)
+        value = jnp.sum(jnp.sin(scores.logp) * jnp.cos(scores.entropy) * jnp.exp(-scores.lse / 9))
+        return value, scores.mean_logit
 
-    step = jax.value_and_grad(loss)
+    step = jax.value_and_grad(loss, has_aux=True)
     want = jax.jit(step, static_argnums=2)(params, batch, REPLICATED)
     rules = FSDP_TP_SEQ if "sequence" in shape else FSDP_TP
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **shape}))
