@@ -4,6 +4,7 @@ A stage learns the i-th pair of every prompt (`data/curriculum.py`) and is a run
 reference is the model it begins with, which is what the stage before has learned. So the loss begins at ln 2 in each.
 
 out/curry.yaml            every setting
+out/stages.jsonl          of each stage how many pairs it has, and how far apart their ratings are: `pair_gap`
 out/stage-1/pairs.jsonl   what is learned
 out/stage-1/run/          the run that learns it, a run like any other (`run.py`)
 out/model/                the last stage's model
@@ -18,6 +19,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..models.safetensors import swap_in
 from .config import build, read_settings, write_settings
@@ -66,12 +69,15 @@ def run_curry(cfg: RunConfig, options: CurryOptions, *, progress: bool = False) 
     _open(cfg, options)
     model, outcome = cfg.model, None
     with alone(cfg.out):
+        gap = lambda pairs: float(np.mean([p["score_chosen"] - p["score_rejected"] for p in pairs]))
+        known = [{"stage": i, "pairs": len(pairs), "pair_gap": gap(pairs)} for i, pairs in enumerate(stages, 1)]
+        _write(cfg.out / "stages.jsonl", _lines(known))
         for number, pairs in enumerate(stages, 1):
             folder = cfg.out / f"stage-{number}"
             folder.mkdir(exist_ok=True)
             data = folder / "pairs.jsonl"
             if not data.is_file():
-                _write(data, b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in pairs))
+                _write(data, _lines(pairs))
             at: Any = dict(data=str(data.absolute()), split=None, out=folder / "run")  # the rows were of a split
             run = dataclasses.replace(cfg, model=model, **at)
             outcome = learn("preference", run, _of_stage(options), progress=progress)
@@ -124,6 +130,10 @@ def _open(cfg: RunConfig, options: CurryOptions) -> None:
         raise FileExistsError(f"train curry: {cfg.out} holds other files; expected a new or empty folder, or stages.")
     cfg.out.mkdir(parents=True, exist_ok=True)
     write_settings(stored, path)
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -16,6 +16,7 @@ so the weight decay is decoupled (Loshchilov & Hutter, 1711.05101) and means the
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -112,7 +113,9 @@ def decays(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: not fixed(path), params)
 
 
-def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    cfg: OptimizerConfig, steps: int, own_decay: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
     """The chain of this file's docstring.
 
     Updates and state are float32, for bfloat16 parameters too; `optax.apply_updates` adds in float32 and rounds once.
@@ -120,6 +123,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
     Args:
       cfg: which optimiser, and its numbers.
       steps: of the whole run, for the schedule.
+      own_decay: weight decay of parts of the parameters, by their names at the top, instead of that of `cfg`.
     """
     b2 = {"adamw": 0.999, "lion": 0.99}.get(cfg.name, 0.0) if cfg.b2 is None else cfg.b2
     directions = {
@@ -131,7 +135,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
         ),
     }
     clip = optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm)
-    decay = optax.add_decayed_weights(cfg.weight_decay, mask=decays) if cfg.weight_decay else optax.identity()
+    decay = _weight_decay(cfg.weight_decay, own_decay or {})
     rate = optax.scale_by_learning_rate(make_schedule(cfg, steps))
     return _in_float32(optax.chain(clip, directions[cfg.name](), decay, rate))
 
@@ -147,6 +151,17 @@ def update_ema(ema: Params, params: Params, decay: float, step: Int[Array, ""] |
 
 
 # ----------------------------------------------------------------------------------------------------------- private
+def _weight_decay(usual: float, own: Mapping[str, float]) -> optax.GradientTransformation:
+    """As `optax.add_decayed_weights`, with a strength for each part."""
+    strength = lambda path: own.get(jax.tree_util.keystr(path[:1], simple=True), usual)
+    add = lambda path, u, w, shrinks: u + strength(path) * w if shrinks and strength(path) else u
+
+    def update(updates: Any, params: Any = None) -> Any:
+        return jax.tree_util.tree_map_with_path(add, updates, params, decays(params))
+
+    return optax.stateless(update)
+
+
 def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """optax keeps second moments in the parameters' dtype, and bfloat16 forgets what is 1/256 of them a step."""
     wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 
 from ..models.decoder import DecoderConfig, Params, Remat, param_axes
@@ -47,6 +48,8 @@ from .objectives.sequences import View, count_examples, sequence_value
 from .objectives.simpo import SimpoConfig
 from .objectives.sparsepo import SparsepoConfig
 from .objectives.unlearn import UnlearnConfig, answers_of
+from .optimizer import OptimizerConfig
+from .optimizer import make_optimizer as make_optimizer_of
 from .references import COLUMN
 from .step import Advance, LossFn
 
@@ -346,6 +349,12 @@ def trainable_parts(config: DecoderConfig, options: PreferenceOptions, lora: Lor
         lambda params, base: made.combine(params["model"], base) | {"network": params["network"]},
         lambda params, base: made.result(params["model"], base),
     )
+
+
+def make_optimizer(options: PreferenceOptions, settings: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The usual one; an objective's own network has a weight decay of its own."""
+    network = objective_of(options).network(settings_of(options))
+    return make_optimizer_of(settings, steps, {} if network is None else {"network": network.weight_decay})
 
 
 def make_loss(

@@ -571,5 +571,6 @@ RECIPES = {
         parts=lambda options: preference.objective_of(options).parts(preference.settings_of(options)),
         more=preference.number_names,
         scored=_scored,
+        optimizer=lambda origin, options, settings, steps: preference.make_optimizer(options, settings, steps),
     ),
 }

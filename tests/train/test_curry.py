@@ -73,6 +73,8 @@ def test_stages_are_runs_one_from_the_other_and_a_stop_changes_nothing(base, tmp
     assert [len(p) for p in pairs] == [24, 12]
     assert {(p["chosen"], p["rejected"]) for p in pairs[0]} == {("aa", "zz")}
     assert {(p["chosen"], p["rejected"]) for p in pairs[1]} == {("aa", "ab")}
+    known = [json.loads(line) for line in (tmp_path / "whole" / "stages.jsonl").read_text().splitlines()]
+    assert known == [{"stage": 1, "pairs": 24, "pair_gap": 8.0}, {"stage": 2, "pairs": 12, "pair_gap": 4.0}]
     for stage in stages:
         np.testing.assert_allclose(losses(stage / "run")[0], np.log(2), rtol=1e-5)  # the reference is new
     hand = dataclasses.replace(cfg, model=str(stages[0] / "run" / "model"), data=str(stages[1] / "pairs.jsonl"))

@@ -117,6 +117,26 @@ def test_steps_match_a_float64_loop(name, steps):
 
 
 @pytest.mark.optimizer
+def test_a_part_may_have_a_weight_decay_of_its_own():
+    """Oracle: each part under one optimizer of its own; nothing is clipped, so they know nothing of each other."""
+    cfg = dataclasses.replace(CFG, clip_norm=None, name="sgd")
+    both = {"model": trees(0), "network": trees(1)}
+    grads = {"model": gradients()[0], "network": gradients()[1]}
+
+    def update(params, grads, decay, **more):
+        tx = make_optimizer(dataclasses.replace(cfg, weight_decay=decay), STEPS, **more)
+        params = jax.tree.map(jnp.asarray, params)
+        return jax.jit(lambda p, g: tx.update(g, tx.init(p), p)[0])(params, grads)
+
+    got = update(both, grads, 0.3, own_decay={"network": 0.05})
+    for part, decay in (("network", 0.05), ("model", 0.3)):
+        alone = update(both[part], grads[part], decay)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got[part], alone)
+    others = update(both["network"], grads["network"], 0.3)
+    assert any((a != b).any() for a, b in zip(flat(got["network"]).values(), flat(others).values(), strict=True))
+
+
+@pytest.mark.optimizer
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor"])
 @pytest.mark.slow
 def test_moments_are_float32_whatever_the_parameters_are_in(name):

@@ -38,6 +38,7 @@ class Network(NamedTuple):
 
     init: Callable[[int, int, jax.Array], Any]  # layers and width of the decoder, key
     axes: Any
+    weight_decay: float = 0.0
 
 
 class Objective(NamedTuple):
@@ -312,7 +313,11 @@ def _unlearning_reads(cfg: unlearn.UnlearnConfig) -> Reads:
 
 
 def _masks(cfg: sparsepo.SparsepoConfig) -> Network:
-    return Network(lambda layers, width, key: sparsepo.init_masks(layers, width, key, cfg), sparsepo.mask_axes(cfg))
+    return Network(
+        lambda layers, width, key: sparsepo.init_masks(layers, width, key, cfg),
+        sparsepo.mask_axes(cfg),
+        cfg.mask_weight_decay,
+    )
 
 
 def _one(cfg: Any) -> int:

@@ -30,20 +30,21 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparsepoConfig:
-    """The settings of HH are the defaults."""
+    """The settings of HH are the defaults; for `activations` its learning rate was 1e-6."""
 
     beta: float = 0.1
     mask: Literal["learned", "activations"] = "learned"
     networks: Literal["common", "independent"] = "common"  # of learned masks
     l1_u: float = 1e-3  # what the mask of rewards costs; of learned masks alone
     l1_d: float = 1e-3  # and that of the divergence
+    mask_weight_decay: float = 0.01  # of the networks of learned masks; the policy has that of the optimizer
     allow_large_beta: bool = False  # accept beta > 1
 
     def __post_init__(self):
         check_beta("SparsepoConfig", self.beta, large=self.allow_large_beta)
         check_name("SparsepoConfig.mask", self.mask, ("learned", "activations"))
         check_name("SparsepoConfig.networks", self.networks, ("common", "independent"))
-        for name in ("l1_u", "l1_d"):
+        for name in ("l1_u", "l1_d", "mask_weight_decay"):
             weight = getattr(self, name)
             check_number(f"SparsepoConfig.{name}", weight, 0 <= weight < math.inf, "at least 0")
 
