@@ -41,25 +41,29 @@ LAYOUTS: Mapping[Layout, tuple[str, str]] = {
     "sft": ("messages:chat | prompt:text completion:text", "weight:weight base_logps:nums"),
     "pairs": (
         "prompt:text chosen:text rejected:text",
-        "score_chosen:num score_rejected:num margin:num ref_chosen_logps:num ref_rejected_logps:num weight:weight",
+        "score_chosen:num score_rejected:num margin:num win:share ref_chosen_logps:num ref_rejected_logps:num "
+        "weight:weight",
     ),
     "unpaired": ("prompt:text completion:text label:bool", "ref_logps:num ref_kl_logps:num weight:weight"),
     "ranked": ("prompt:text responses:[response]", ""),
     "beliefs": (
         "prompt:text beliefs:[str] belief_probs:[share] belief_id:index chosen:text rejected:text",
-        "rejected_belief_id:index context:words",
+        "rejected_belief_id:index context:words weight:weight",
     ),
-    "dispreferred": ("prompt:text rejected:text self_samples:[text]", "ref_rejected_logps:num ref_self_logps:[num]"),
+    "dispreferred": (
+        "prompt:text rejected:text self_samples:[text]",
+        "ref_rejected_logps:num ref_self_logps:[num] weight:weight",
+    ),
     "rollout": ("prompt:text", "ook:bool num_generations:count"),
     "code_tests": ("prompt:text codes:[str] tests:[str] passed:[[bit]]", "entry_point:str"),
-    "unlearn": ("name:str question:str answer:str split:forget", "original_answer:str refusal:str eval:bool"),
+    "unlearn": (
+        "name:str question:str answer:str split:forget",
+        "original_answer:str refusal:str eval:bool weight:weight",
+    ),
     "membership": ("text:str label:bit", "split:probe"),
     # A label is what a step is worth, 0 to 1, or -1, 0, 1 (`StepsConfig.scale` says which); null is not known. `soft`
     # is a second opinion, the share that `labels` was rounded from.
-    "steps": (
-        "prompt:text steps:[str] labels:[mark]",
-        "soft:[mark] answer:str outcome:bit source:words weight:weight",
-    ),
+    "steps": ("prompt:text steps:[str] labels:[mark]", "soft:[mark] answer:str outcome:bit source:words weight:weight"),
 }
 _LINES = (".jsonl", ".json")
 _SPLITS = {"train", "validation", "valid", "val", "dev", "eval", "test"}
@@ -255,9 +259,8 @@ def math_shepherd(row: Row) -> Row:
             raise DataError(f"`label` has {found}; expected the text of `input`, with + or - for every {tag!r}")
         at += 1
     if not parts or rest.strip() or not 0 < begin < len(parts[0]):
-        raise DataError(
-            f"`input` is {_brief(text)}; expected a question, then `Step 1:` and steps that end with {tag!r}"
-        )
+        expected = f"a question, then `Step 1:` and steps that end with {tag!r}"
+        raise DataError(f"`input` is {_brief(text)}; expected {expected}")
     steps = [parts[0][begin:].strip(), *(part.strip() for part in parts[1:])]
     return {**row, "prompt": text[:begin].strip(), "steps": steps, "labels": labels}
 
@@ -372,7 +375,7 @@ def _infer(row: Row) -> Layout:
 def _adapter(layout: Layout, columns: Collection[str]) -> tuple[Callable[[Row], Row], set[str]] | None:
     """The adapter that these columns call for, and which of them; those of `unlearn` are no GSM8K."""
     for name, adapter, wanted in _ADAPTERS:
-        other = adapter is gsm8k and not (_KNOWN["unlearn"] - wanted).isdisjoint(columns)
+        other = adapter is gsm8k and not (_KNOWN["unlearn"] - wanted - {"weight"}).isdisjoint(columns)
         if name == layout and wanted <= {*columns} and not other:
             return adapter, wanted
     return None
@@ -518,10 +521,8 @@ def _inside(folder: Path, name: str) -> Path:
     """What the folder itself holds under a name."""
     real = os.path.realpath(folder / name) if "\0" not in name else ""
     if os.path.dirname(real) != os.path.realpath(folder) or not os.path.exists(real):
-        remedy = "Do not use this data set, or copy all of it."
-        raise DataError(
-            f"{folder}: names {_brief(name)}; expected what lies in this folder, no way out of it. {remedy}"
-        )
+        found = f"{folder}: names {_brief(name)}; expected what lies in this folder, no way out of it"
+        raise DataError(f"{found}. Do not use this data set, or copy all of it.")
     return folder / name
 
 

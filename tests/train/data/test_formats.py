@@ -25,18 +25,20 @@ D2O = {"prompt": "p", "rejected": "r", "self_samples": ["s", "t"]}
 UNLEARN = {"name": "n", "question": "q", "answer": "a", "split": "forget"}
 GOOD = {  # one of each, every optional column there
     "sft": {"prompt": "p", "completion": "c", "weight": 0.5, "base_logps": [-1.0, -2.0], "extra": None},
-    "pairs": {**PAIR, "score_chosen": 2, "score_rejected": 1.5, "ref_chosen_logps": -3.0, "ref_rejected_logps": -4.0},
+    "pairs": {**PAIR, "score_chosen": 2, "score_rejected": 1.5, "ref_chosen_logps": -3.0, "ref_rejected_logps": -4.0}
+    | {"margin": 0.5, "win": 0.75, "weight": 0},
     "unpaired": {"prompt": "p", "completion": "c", "label": False, "ref_logps": -1.0, "ref_kl_logps": -2.0},
     "ranked": RANKED,
-    "beliefs": {**BELIEFS, "rejected_belief_id": 0, "context": ""},
-    "dispreferred": {**D2O, "ref_rejected_logps": -1.0, "ref_self_logps": [-1.0, -2.0]},
+    "beliefs": {**BELIEFS, "rejected_belief_id": 0, "context": "", "weight": 2},
+    "dispreferred": {**D2O, "ref_rejected_logps": -1.0, "ref_self_logps": [-1.0, -2.0], "weight": 1},
     "rollout": {"prompt": "p", "answer": 7, "ook": True, "num_generations": 4},
     "code_tests": {**CODE, "entry_point": "f"},
-    "unlearn": {**UNLEARN, "original_answer": "o", "refusal": "no", "eval": True},
+    "unlearn": {**UNLEARN, "original_answer": "o", "refusal": "no", "eval": True, "weight": 0.5},
     "membership": {"text": "t", "label": 1, "split": "probe_dev"},
     "steps": {"prompt": "p", "steps": ["a", "b", "c", "d"], "labels": [1, 0.5, -1, None], "soft": [0.9, 0.5, 0, None]}
     | {"answer": "7", "outcome": 0, "source": "", "weight": 2.0, "id": 3},
 }
+WEIGHED = ("sft", "pairs", "unpaired", "beliefs", "dispreferred", "unlearn", "steps")  # what the pipeline trains on
 SFT = [{"prompt": f"p{i}é\u2028", "completion": "c" * i + "c"} for i in range(5)]
 
 
@@ -127,6 +129,9 @@ FAULTS = [
     (*change("beliefs", belief_id=-1), "`belief_id` is -1; expected an integer >= 0"),
     (*change("dispreferred", ref_self_logps=[-1.0]), "`ref_self_logps` has 1 numbers; expected 2"),
     (*change("dispreferred", self_samples=["a", CHAT]), "the row holds both"),
+    *((*change(name, weight=-1.0), "`weight` is -1.0; expected a finite number >= 0") for name in WEIGHED),
+    (*change("pairs", win=float("nan")), "`win` is nan; expected a number from 0 to 1"),
+    (*change("pairs", win=7), "`win` is 7; expected a number from 0 to 1"),
     (*change("rollout", num_generations=0), "`num_generations` is 0; expected an integer >= 1"),
     (*change("code_tests", passed=[[1], [2]]), "`passed[1][0]` is 2; expected 0 or 1"),
     (*change("code_tests", passed=[[1]]), "`passed` has rows of [1]; expected codes x tests, [1, 1]"),
@@ -227,6 +232,7 @@ def test_adapters(tmp_path):
     prompt = {"prompt": "Question: 1+1?\nAnswer:", "completion": " It is\n#### 2"}
     assert only(row) == ("sft", row | prompt)
     assert only(row, "rollout") == ("rollout", row | prompt)
+    assert only(row | {"weight": 2.0}) == ("sft", row | prompt | {"weight": 2.0})
     scored = [{"response": "a", "overall_score": 5.0, "model": "m", "x": 1}, {"response": "b", "overall_score": 3}]
     layout, row = only({"instruction": "do", "completions": scored})
     assert (layout, row["prompt"]) == ("ranked", "do")
