@@ -23,6 +23,7 @@ def fit(
     windows: Iterator[Any],
     *,
     steps: int,
+    check_start: Callable[[Metrics], None] = lambda metrics: None,
     log: Callable[[list[Record]], None] = lambda records: None,
     save: Callable[[TrainState], None] = lambda state: None,
     stop: Callable[[int], bool] = lambda step: False,
@@ -45,6 +46,7 @@ def fit(
       step: of `make_train_step`.
       windows: arrays for one step each.
       steps: number of the last step.
+      check_start: gets the metrics of step 1; what it raises ends the run before anything is written down.
       log: gets one record a step: its number, metrics, and seconds (a mean over the steps since the last call).
       save: called every `save_every` steps, after the last one, and when told to stop.
       stop: asked after every step, with its number.
@@ -104,6 +106,8 @@ def fit(
             with contextlib.nullcontext() if aside["compile"] else counted("compile"):
                 state, metrics = step(state, window)
             done += 1
+            if done == 1:
+                check_start(metrics)
             pending.append(metrics)
             bar.update()
             stopping = stop(done)

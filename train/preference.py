@@ -9,12 +9,14 @@ become sequences, where the reference comes from, and the loss with its forward 
     mixed         a copy that follows the policy, every `mix_every` steps by `mix` (TR-DPO, 2404.09656)
     none          for objectives that read no reference
 
-`auto` is none where none is read, mixed for TR-DPO, else frozen.
+`auto` is none where none is read, mixed for TR-DPO, else frozen. All but columns begin as the model itself: a first step
+that finds the two apart ends the run (`check_start`).
 """
 
 import bisect
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -44,17 +46,19 @@ from .objectives.logprobs import Scores, output_table, score_targets, target_kl
 from .objectives.mm_dpo import MmDpoConfig
 from .objectives.orpo import OrpoConfig
 from .objectives.preference import check_name, check_number
-from .objectives.sequences import View, count_examples, sequence_value
+from .objectives.sequences import View, all_sums, count_examples, sequence_value
 from .objectives.simpo import SimpoConfig
 from .objectives.sparsepo import SparsepoConfig
 from .objectives.unlearn import UnlearnConfig, answers_of
 from .optimizer import OptimizerConfig
 from .optimizer import make_optimizer as make_optimizer_of
 from .references import COLUMN
-from .step import Advance, LossFn
+from .step import Advance, LossFn, Metrics, Term
 
+log = logging.getLogger(__name__)
 Reference = Literal["auto", "frozen", "precomputed", "columns", "mixed", "none"]
 Examples = Sequence[Mapping[str, Any]]
+ROUNDING = {"float32": 1e-3, "bfloat16": 2e-2}  # nats a token by which a model may differ from itself
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -401,9 +405,40 @@ def make_loss(
             extra["network"] = params["network"]
         if ids is not None:
             extra["beliefs"] = id_logps(config, params["policy"], policy, ids)
-        return objective.terms(View(batch, parts, policy, reference), cfg, **extra)
+        view = View(batch, parts, policy, reference)
+        terms, metrics = objective.terms(view, cfg, **extra)
+        return terms, {**metrics, **_reference_gap(view, ROUNDING[config.dtype])}
 
     return loss
+
+
+def check_start(options: PreferenceOptions, dtype: str, metrics: Metrics) -> None:
+    """That the reference is the model as it began, by the metrics of the first step.
+
+    Columns may be of another model: then only the user can know whether that is meant, and is told.
+
+    Args:
+      options: of the run.
+      dtype: of activations.
+      metrics: of the first step, which was taken from the model as it began.
+
+    Raises:
+      ValueError: if an answer's log-probabilities differ by more than rounding makes.
+    """
+    kind, gap = reference_of(options), float(metrics.get("reference_gap", 0.0))
+    if not gap:
+        return
+    found = f"train preference: at the first step model and reference are {gap:.3g} nats a token apart"
+    if kind == "columns":
+        log.warning("%s: the columns are of another model, or of other tokens. Stop if that is not meant.", found)
+        return
+    remedy = "Try one device, --dtype float32 or --remat none, to see which of them tells the two apart."
+    if kind == "precomputed":
+        remedy = "Remove the run's reference.npz and resume it, to score again, or take --reference frozen."
+    raise ValueError(
+        f"{found} (reference={kind!r}, mean over sequences); expected {ROUNDING[dtype]:g} in {dtype} at most for each "
+        f"sequence, since the reference is the model as it began. {remedy}"
+    )
 
 
 def id_logps(config: DecoderConfig, params: Params, policy: Scores, ids: Sequence[int]) -> jax.Array:
@@ -415,6 +450,16 @@ def id_logps(config: DecoderConfig, params: Params, policy: Scores, ids: Sequenc
 
 
 # ----------------------------------------------------------------------------------------------------------- private
+def _reference_gap(view: View, rounding: float) -> dict[str, Term]:
+    """How far each sequence is from its reference, a token: 0 up to rounding, so the mean is 0 only if all are."""
+    sums = all_sums(view)
+    if sums.reference is None:
+        return {}
+    gap = jnp.abs(sums.policy - sums.reference) / sums.tokens
+    gap = jnp.where(gap > rounding, gap, 0.0)
+    return {"reference_gap": Term(gap, jnp.ones_like(gap), "sequence")}
+
+
 _CONFIGS: dict[str, type] = {
     "dpo": DpoConfig,
     "mm_dpo": MmDpoConfig,

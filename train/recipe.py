@@ -42,7 +42,7 @@ from .objectives.specdec_pp import DrafterConfig, SpecDecPPConfig
 from .optimizer import OptimizerConfig, make_optimizer
 from .preference import Carry, PreferenceOptions
 from .qat import QatOptions
-from .step import Counts, LossFn, Turns
+from .step import Counts, LossFn, Metrics, Turns
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -238,6 +238,7 @@ class Recipe(NamedTuple):
     more: Callable[[Any], tuple[str, ...]] = lambda options: ()  # further numbers of tokens
     scored: Callable[[Origin, Any], Encode | None] = lambda origin, options: None  # by a reference, before the run
     turns: Callable[[Origin, Any, int], Turns | None] = lambda origin, options, steps: None  # updates of one step
+    check_start: Callable[[Origin, Any, Metrics], None] = lambda origin, options, metrics: None  # those of step 1
 
 
 def _sft_loss(origin: Origin, options: SftOptions, *, rules: Rules, remat: Remat) -> LossFn:
@@ -572,5 +573,6 @@ RECIPES = {
         more=preference.number_names,
         scored=_scored,
         optimizer=lambda origin, options, settings, steps: preference.make_optimizer(options, settings, steps),
+        check_start=lambda origin, options, metrics: preference.check_start(options, origin.config.dtype, metrics),
     ),
 }

@@ -437,6 +437,7 @@ def _train(kind: str, cfg: RunConfig, options: Any, evaluate: Evaluate | None, p
             step,
             (put_batch(mesh, RULES, batch) for batch in batches),
             steps=cfg.steps,
+            check_start=partial(recipe.check_start, origin, options),
             log=record,
             save=lambda state: checkpoint.save(
                 manager, state, place | {"streams": _all_of(exchange(dict(batches.get_state())))}

@@ -47,6 +47,20 @@ def test_it_goes_on_from_the_step_of_the_state():
     assert run(itertools.count(1.0), start(25))[1:] == ([], [])
 
 
+def test_the_first_step_of_all_is_looked_at_before_anything_is_written_down():
+    seen, log = [], []
+    run(itertools.count(1.0), check_start=seen.append)
+    run(itertools.count(1.0), start(18), check_start=seen.append)
+    assert [float(metrics["loss"]) for metrics in seen] == [1.0]
+
+    def refuse(metrics):
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        run(itertools.count(1.0), check_start=refuse, log_every=1, save_every=1, log=log.append, save=log.append)
+    assert not log
+
+
 def test_what_is_saved_is_logged_first():
     order = []
     fit(
