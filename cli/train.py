@@ -265,7 +265,7 @@ def list_objectives(*, objective: str = "list", json: bool = False) -> int:
         print(dumps(rows))
         return 0
     for row in rows:
-        heads = [f"{row['objective']:10}", f"{row['paper']:17}", f"{row['layout']:13}", f"reads {row['reads']}"]
+        heads = [f"{row['objective']:11}", f"{row['paper']:17}", f"{row['layout']:13}", f"reads {row['reads']}"]
         if row.get("reference") == "mixed":
             heads.append(f"reference mixed: {usual.mix:g} of the policy every {usual.mix_every} steps")
         print("  ".join(heads))
