@@ -150,7 +150,8 @@ def start(
 
     Raises:
       FileExistsError: if the folder holds anything.
-      ValueError: for settings, data or weights that cannot be used; nothing is left behind then.
+      ValueError: for settings, data or weights that cannot be used; nothing is left behind then. For a first step that
+        `Recipe.check_start` refuses; then the folder is, without a checkpoint.
     """
     if cfg.out.exists() and (not cfg.out.is_dir() or any(p.name != ".lock" for p in cfg.out.iterdir())):
         what = "a run" if (cfg.out / "config.yaml").exists() else "other files"
