@@ -9,8 +9,8 @@ become sequences, where the reference comes from, and the loss with its forward 
     mixed         a copy that follows the policy, every `mix_every` steps by `mix` (TR-DPO, 2404.09656)
     none          for objectives that read no reference
 
-`auto` is none where none is read, mixed for TR-DPO, else frozen. All but columns begin as the model itself: a first step
-that finds the two apart ends the run (`check_start`).
+`auto` is none where none is read, mixed for TR-DPO, else frozen. All but columns begin as the model itself: a first
+step that finds the two apart ends the run (`check_start`).
 """
 
 import bisect
