@@ -21,6 +21,7 @@ def eval_lm(
     limit: int | None = None,
     dtype: FloatType | None = None,
     bits: Bits | None = None,
+    tensor: int = 1,
     arithmetic_level: int = 2,
     arithmetic_hi: int = 20,
     json: bool = False,
@@ -37,6 +38,7 @@ def eval_lm(
       limit: rows to read at most; 1000 test problems of the embedded task when not given, all of a file.
       dtype: of weights and activations; float32 on CPU and bfloat16 elsewhere when not given.
       bits: of a master (`train qat`) the width to serve at, or one a layer; its highest when not given.
+      tensor: devices that run the model together, each with its part of heads, MLPs and vocabulary.
       arithmetic_level: kind of the embedded problems, 1 to 4.
       arithmetic_hi: size of their numbers.
       json: print one JSON object.
@@ -53,7 +55,7 @@ def eval_lm(
         encoded = [encode_sft(tokenizer, row) for row in problems(data, "sft", limit, arithmetic_level, arithmetic_hi)]
         rows, starts = [e.ids for e in encoded], [int(e.scored.argmax()) for e in encoded]
     report = evaluate_lm(
-        load_model(model, dtype=dtype, bits=bits).model,
+        load_model(model, dtype=dtype, bits=bits, tensor=tensor).model,
         rows,
         window=window,
         stride=stride,
@@ -81,6 +83,7 @@ def eval_answers(
     chat: bool = False,
     dtype: FloatType | None = None,
     bits: Bits | None = None,
+    tensor: int = 1,
     max_seqs: int = 32,
     guiding: Annotated[GuideConfig, tyro.conf.arg(name="")] = GuideConfig(),
     out: Path | None = None,
@@ -102,6 +105,7 @@ def eval_answers(
       chat: wrap questions in the model's chat template.
       dtype: of weights and activations; float32 on CPU and bfloat16 elsewhere when not given.
       bits: of a master (`train qat`) the width to serve at, or one a layer; its highest when not given.
+      tensor: devices that run the model together, each with its part of heads, MLPs and vocabulary.
       max_seqs: answers written at the same time.
       guiding: let a reward model steer every token.
       out: JSONL file for questions, answers and verdicts.
@@ -124,7 +128,7 @@ def eval_answers(
         prompt = [{"role": "user", "content": row["prompt"]}] if chat else row["prompt"]
         questions.append(Question(prompt, answer))
     settings = Sampling(temperature=temperature, max_tokens=max_new_tokens, seed=seed, stop=stop)
-    asked, guidance = load_model(model, dtype=dtype, bits=bits).model, load_guidance(guiding, dtype)
+    asked, guidance = load_model(model, dtype=dtype, bits=bits, tensor=tensor).model, load_guidance(guiding, dtype)
     with Engine(asked, load_tokenizer(model), max_seqs=max_seqs, guidance=guidance) as engine:
         report = evaluate_answers(engine, questions, settings, samples=samples, progress=not json)
     result = {name: value for name, value in report._asdict().items() if name != "rows"}

@@ -22,8 +22,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
+from ..jaxlib_ext.logit_tiles import layout_of
 from ..jaxlib_ext.token_stats import token_stats
 from ..models.decoder import DecoderConfig, Model, Params, forward
+from ..sharding.rules import SERVING
+from .devices import mesh_of, on_mesh
 from .engine import Engine
 from .requests import Prompt, Result
 from .sampling import Sampling
@@ -193,7 +196,8 @@ def evaluate_lm(
         raise ValueError("evaluate_lm: found no token to score; expected rows of two or more, longer than loss_from.")
     windows.sort(key=lambda w: -len(w[0]))  # the longest first: what cannot fit fails at once
     sums = []
-    with tqdm(total=len(windows), desc="perplexity", unit="window", disable=None if progress else True) as bar:
+    bar = tqdm(total=len(windows), desc="perplexity", unit="window", disable=None if progress else True)
+    with bar, on_mesh(mesh_of(model.params)):
         for part in (windows[i : i + batch] for i in range(0, len(windows), batch)):
             sums.append(_window_nll(model.config, model.params, *_pad(part, batch, window)))
             jax.block_until_ready(sums[-2:-1])  # the device always has one more to do
@@ -230,12 +234,13 @@ def _window_nll(
 ) -> Float[Array, " B"]:
     """Negative log-likelihood of tokens first .. last - 1 of each row, float32, without [B, T, V] logits."""
     at = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    hidden = forward(cfg, params, tokens, jnp.broadcast_to(at, tokens.shape)).hidden  # causal: padding is never seen
+    positions = jnp.broadcast_to(at, tokens.shape)
+    hidden = forward(cfg, params, tokens, positions, rules=SERVING).hidden  # causal: padding is never seen
     head = params["embed"] if cfg.tie_embeddings else params["head"]
-    targets = jnp.roll(tokens, -1, axis=1).reshape(-1)
-    logp = token_stats(hidden.reshape(-1, hidden.shape[-1]), head.astype(hidden.dtype), targets).logp
+    layout = layout_of(SERVING, hidden, head)
+    logp = token_stats(hidden, head.astype(hidden.dtype), jnp.roll(tokens, -1, axis=1), layout=layout).logp
     scored = (at + 1 >= first[:, None]) & (at + 1 < last[:, None])
-    return -jnp.sum(jnp.where(scored, logp.reshape(tokens.shape), 0.0), axis=1)
+    return -jnp.sum(jnp.where(scored, logp, 0.0), axis=1)
 
 
 def _judge(index: int, question: Question, result: Result, samples: int, check) -> tuple[dict[str, Any], bool]:

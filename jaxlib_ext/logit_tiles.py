@@ -28,6 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from ..sharding.rules import Rules, divisible
 from .dispatch import Impl, Kernel, run
 
 MOST_ROWS = 1 << 24  # of a vocabulary: tokens are compared as float32
@@ -41,6 +42,16 @@ class Layout(NamedTuple):
 
     tokens: PartitionSpec
     vocab: str | tuple[str, ...] | None = None
+
+
+def layout_of(rules: Rules, hidden: Float[Array, "B T D"], table: Float[Array, "V D"]) -> Layout | None:
+    """Where tokens and vocabulary lie by these rules; None where no mesh of several devices is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return None
+    tokens = divisible(rules.spec("batch", "seq"), hidden.shape[:2], mesh.shape, "targets")
+    vocab = divisible(rules.spec("vocab"), table.shape[:1], mesh.shape, "output embedding")[0]
+    return Layout(tokens, vocab)
 
 
 class LogitTiles(NamedTuple):

@@ -19,6 +19,9 @@ def test_eval_lm_scores_completions_or_a_text(run, trained):
     report = json.loads(out)
     assert report["tokens"] == 240
     assert report["bits_per_byte"] == pytest.approx(report["nll"] / np.log(2) / 240)
+    text = ("--data", trained / "text.txt", "--json", "--window", 64)
+    status, out, _ = run("eval", "lm", *model, *text, "--tensor", 2)
+    assert (status, json.loads(out)["nll"]) == (0, pytest.approx(report["nll"], rel=1e-5))
 
 
 @pytest.mark.parametrize(
@@ -42,6 +45,7 @@ def test_eval_lm_scores_completions_or_a_text(run, trained):
         ("train resume {folder}", 1, "expected the --out folder of a run"),
         ("eval answers --model {folder}/run/model --data {folder}/pairs.jsonl", 1, "expected an `answer`"),
         ("eval answers --model {folder}/run/model --data {folder}/rows.jsonl --samples 2", 2, "--temperature above 0"),
+        ("eval lm --model {folder}/run/model --data {folder}/rows.jsonl --tensor 9", 2, "--tensor 9: found 8 devices"),
         ("eval lm --model {folder}/nothing --data {folder}/rows.jsonl", 1, "nothing"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 
 from jaxaroo.infer.devices import beside, check_memory, mesh_of, pinned, row_specs
 from jaxaroo.infer.engine import Engine
+from jaxaroo.infer.evaluate import evaluate_lm
 from jaxaroo.infer.guided.value_guided import ivo
 from jaxaroo.infer.sampling import Sampling
 from jaxaroo.infer.speculative.drafters import lookup, small_model
@@ -55,6 +56,18 @@ def same(found, wanted, atol=2e-5):
         assert a.outputs[0].token_ids == b.outputs[0].token_ids
         said = lambda result: [t.logprob for t in (*result.outputs[0].logprobs, *result.prompt_logprobs[1:])]
         np.testing.assert_allclose(said(a), said(b), atol=atol)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_devices_score_text_as_one_does(model, bits):
+    whole = model if bits == 16 else at(model, bits)
+    rows = [np.random.default_rng(i).integers(0, 95, n).tolist() for i, n in enumerate([30, 7, 12, 25, 3])]
+    settings = dict(window=16, stride=8, batch=4)
+    wanted = evaluate_lm(whole, rows, **settings)
+    for data in (1, 2):
+        found = evaluate_lm(place(whole, mesh(data)), rows, **settings)
+        assert found.tokens == wanted.tokens
+        np.testing.assert_allclose(found.nll, wanted.nll, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("bits", "data"), [(4, 2), (16, 1), pytest.param(8, 1, marks=pytest.mark.slow)])

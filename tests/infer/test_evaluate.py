@@ -245,7 +245,7 @@ def test_padding_batches_order_and_the_form_of_layers_change_nothing(monkeypatch
 @pytest.mark.slow
 def test_few_lengths_compile_and_then_nothing_does(monkeypatch):
     traced, forward = [], evaluate.forward
-    monkeypatch.setattr(evaluate, "forward", lambda *a: (traced.append(a[2].shape), forward(*a))[1])
+    monkeypatch.setattr(evaluate, "forward", lambda *a, **more: (traced.append(a[2].shape), forward(*a, **more))[1])
     m = model(ffn_dim=32)  # no other test has compiled it
     evaluate_lm(m, rows(32, 32, 17, 16, 2, 9), window=48, stride=40, batch=3)
     evaluate_lm(m, rows(*range(4, 99)), window=48, stride=9, batch=3, loss_from=3)

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ...jaxlib_ext.logit_tiles import Layout
+from ...jaxlib_ext.logit_tiles import layout_of
 from ...jaxlib_ext.token_kl import token_kl
 from ...jaxlib_ext.token_stats import TokenStats, token_stats
 from ...models.decoder import DecoderConfig, Params, Remat, forward
-from ...sharding.rules import REPLICATED, Rules, divisible
+from ...sharding.rules import REPLICATED, Rules
 from ..data.pipeline import Batch
 
 
@@ -126,13 +126,3 @@ def target_kl(
     """KL(reference || policy) over the whole vocabulary, at the targets of a batch's mask and 0 elsewhere."""
     tables = table.astype(hidden.dtype), ref_table.astype(ref_hidden.dtype)
     return token_kl(hidden, tables[0], ref_hidden, tables[1], batch.mask, layout=layout_of(rules, hidden, table))
-
-
-def layout_of(rules: Rules, hidden: Float[Array, "B T D"], table: Float[Array, "V D"]) -> Layout | None:
-    """Where tokens and vocabulary lie; None where no mesh is set, or nothing is shared out."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return None
-    tokens = divisible(rules.spec("batch", "seq"), hidden.shape[:2], mesh.shape, "targets")
-    vocab = divisible(rules.spec("vocab"), table.shape[:1], mesh.shape, "output embedding")[0]
-    return Layout(tokens, vocab)
