@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,10 +91,7 @@ def run_test(code: str, test: str, limits: CodeLimits = CodeLimits()) -> Outcome
     if os.name != "posix":
         raise SandboxError(f"run_test: found {sys.platform}; expected Linux or another POSIX system. Run it there.")
     nonce = secrets.token_hex(16)
-    with (
-        tempfile.TemporaryDirectory(prefix="code-", ignore_cleanup_errors=True) as folder,
-        tempfile.TemporaryFile() as given,
-    ):
+    with _folder() as folder, tempfile.TemporaryFile() as given:
         message = {"code": code, "test": test, "nonce": nonce, "folder": os.path.realpath(folder)}
         message |= {"limits": _resources(limits), "allow_unsafe": limits.allow_unsafe}
         given.write(json.dumps(message).encode())
@@ -155,6 +152,40 @@ def run_tests(
 
 
 # ----------------------------------------------------------------------------------------------------------- private
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    """A folder of its own for a run, removed behind it as far as that can be done."""
+    path = tempfile.mkdtemp(prefix="code-")
+    try:
+        yield path
+    finally:
+        _remove(path)
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder and all in it, however deep; no link is followed.
+
+    `shutil.rmtree` calls itself for each folder in a folder. Here one that stands in another moves up to the top, so
+    that its path is never long.
+    """
+    waiting = [folder]
+    while waiting:
+        at = waiting.pop()
+        with contextlib.suppress(OSError):
+            os.chmod(at, 0o700)
+            for entry in [*os.scandir(at)]:
+                with contextlib.suppress(OSError):
+                    if entry.is_dir(follow_symlinks=False):
+                        os.chmod(entry.path, 0o700)  # its parent is written down in it, so it has to be open
+                        waiting.append(os.path.join(folder, secrets.token_hex(16)))
+                        os.rename(entry.path, waiting[-1])
+                    else:
+                        os.unlink(entry.path)
+            os.rmdir(at)
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
+
+
 def _resources(limits: CodeLimits) -> dict[str, int]:
     """Limits as the system names them."""
     return {

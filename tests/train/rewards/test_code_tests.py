@@ -424,6 +424,48 @@ def test_nothing_is_left_behind(monkeypatch, tmp_path):
         os.waitpid(-1, os.WNOHANG)
 
 
+def test_folders_in_folders_are_left_behind_no_more_than_others(monkeypatch, tmp_path, without):
+    """Deeper than Python calls functions, with a path longer than the system takes, some closed, with ways out."""
+    without("hook")  # which looks at the whole path each time
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "old").write_text("old")
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(home))
+    code = f"""
+        import os
+        os.symlink({str(theirs)!r}, "out")
+        for i in range(1500):
+            os.mkdir("inner")
+            os.symlink({str(theirs)!r}, f"out{{i}}")
+            open("a file", "w").close()
+            if i % 100 == 99:
+                os.mkdir("closed", 0)
+            os.chdir("inner")
+        os.chmod(".", 0)
+    """
+    assert passes(code)
+    assert os.listdir(home) == []
+    assert (theirs / "old").read_text() == "old"
+
+
+@pytest.mark.parametrize("call", ["scandir", "rmdir", "unlink", "rename", "chmod"])
+def test_what_cannot_be_removed_stops_nothing(monkeypatch, tmp_path, call):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def broken(*args, **more):
+        raise OSError(5, "broken")
+
+    with code_tests._folder() as folder:
+        os.makedirs(os.path.join(folder, "a", "b"))
+        open(os.path.join(folder, "file"), "w").close()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, broken)
+            code_tests._remove(folder)
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.errors
 def test_limits_that_make_no_sense_are_refused(monkeypatch):
     for bad in (
