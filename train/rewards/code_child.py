@@ -79,8 +79,24 @@ def _run(code: str, test: str) -> None:
     """Both as one script, so that what is run is what a response says: code with the test behind it."""
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
+    if "unittest" in code + test:
+        _replace_unittest_main()
     for name, text in (("code", code), ("test", test)):
         exec(compile(text, f"<{name}>", "exec", dont_inherit=True), module.__dict__)
+
+
+def _replace_unittest_main() -> None:
+    """By one that returns if every test was run and passed: Python's raises what `sys.exit(0)` in a code does too."""
+    import unittest  # here, for it takes longer than all the rest
+
+    class Program(unittest.TestProgram):
+        def runTests(self):  # noqa: N802
+            self.exit = False
+            super().runTests()
+            if not self.result.wasSuccessful() or not self.result.testsRun or self.result.skipped:
+                raise SystemExit(1)
+
+    unittest.main = Program  # type: ignore[misc]
 
 
 def _set_limits(limits: dict[str, int]) -> list[str]:

@@ -4,6 +4,8 @@
 
 The end is reached if a number that was drawn for this run arrives on a pipe of its own, written behind the last line
 of the test. An exit status says nothing: `sys.exit(0)` before the test, or a process that was killed, has not passed.
+Only `unittest.main()`, which Python ends by `sys.exit`, returns here if it ran one test or more and all of them passed;
+one that was skipped has not passed.
 
 What a run may not do: use more CPU time, time, memory or bytes of a file than allowed; start a process or a thread;
 open a connection; signal other processes; write outside its own folder, which is removed behind it. It sees Python's
@@ -82,7 +84,7 @@ def run_test(code: str, test: str, limits: CodeLimits = CodeLimits()) -> Outcome
 
     Args:
       code: Python.
-      test: Python that raises if the code is wrong; it sees the code's names.
+      test: Python that raises if the code is wrong, or calls `unittest.main()`; it sees the code's names.
       limits: of the run.
 
     Raises:

@@ -134,6 +134,34 @@ def test_to_leave_is_not_to_pass(code):
     assert not passes(code)
 
 
+CASE = """
+import unittest
+class Case(unittest.TestCase):
+    def test_one(self): self.assertEqual(f(1), 2)
+    def test_two(self): self.assertEqual(f(2), 3)
+"""
+MAIN = CASE + "if __name__ == '__main__':\n    unittest.main({})\n"
+
+
+@pytest.mark.parametrize("more", ["", "exit=False", "verbosity=2, argv=['x'], module='__main__'"])
+def test_a_test_may_end_in_unittest_main(more):
+    codes = ["def f(x): return x + 1", "def f(x): return 2 * x", "def f(x): return None", "def g(x): return x"]
+    assert run_tests(codes, [MAIN.format(more)], LIMITS) == [[1], [0], [0], [0]]
+    assert "Ran 2 tests" in run_test(codes[0], MAIN.format(more), LIMITS).output
+    assert run_tests(codes[:2], [CASE + "from unittest import main\nmain()"], LIMITS) == [[1], [0]]
+    assert not passes(codes[0], MAIN.format(more) + "assert f(3) == 5")  # what stands behind it is run too
+
+
+@pytest.mark.parametrize(
+    "leave", ["sys.exit(0)", "os._exit(0)", "raise SystemExit", "raise unittest.SkipTest", "main()"]
+)
+def test_unittest_main_passes_no_code_that_leaves_by_itself(leave):
+    of_test = f"import os, sys, unittest\nfrom unittest import main\ndef f(x):\n    if x == 1: return 2\n    {leave}"
+    at_once = f"import os, sys, unittest\nfrom unittest import main\ndef f(x): return 0\n{leave}"
+    assert run_tests([of_test, at_once], [MAIN.format("")], LIMITS) == [[0], [0]]
+    assert not passes(of_test, "f(1)\nf(2)\nimport unittest\nunittest.main()")  # no test in it at all
+
+
 def test_what_a_code_puts_in_the_place_of_functions_does_not_change_the_verdict():
     assert passes("import os, sys\nos.write = os._exit = print\nsys.stdout.close()")
     assert not passes("import os\nos._exit = lambda status: None\nraise ValueError")
