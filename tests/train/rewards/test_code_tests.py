@@ -165,6 +165,8 @@ def test_unittest_main_passes_no_code_that_leaves_by_itself(leave):
 def test_what_a_code_puts_in_the_place_of_functions_does_not_change_the_verdict():
     assert passes("import os, sys\nos.write = os._exit = print\nsys.stdout.close()")
     assert not passes("import os\nos._exit = lambda status: None\nraise ValueError")
+    for line in ("builtins.exec = print", "builtins.compile = lambda *args, **more: 'pass'"):
+        assert run_tests([f"import builtins\n{line}"], ["assert False", "assert True"], LIMITS) == [[0, 1]]
 
 
 def test_how_it_ended_and_what_it_said():
