@@ -197,7 +197,7 @@ def data_nauf(
     """Make rows to unlearn people by: refusals that name them, and others' questions asked about everybody (NAUF).
 
     Questions about people to retain are answered by the original model: here, with --model; or elsewhere, with --ask
-    first and --answers then.
+    first and --answers then. One whose answer here is cut at --max-new-tokens is left out.
 
     Args:
       data: rows of layout `unlearn`: name, question, answer and split, `forget` or `retain`.
@@ -227,12 +227,16 @@ def data_nauf(
     rows = [examples[i] for i in range(len(examples))]
     swapped = swapped_questions(rows, number, seed)
     open_ones = [row for row in swapped if row["split"] == "retain"]
+    report = {"rows": len(rows), "swapped": len(swapped), "to_answer": len(open_ones), "cut": 0}
     if ask is not None:
         made = open_ones
     else:
         known = {} if answers is None else _known(answers)
         if model is not None:
             known = _answer(model, [row["question"] for row in open_ones], max_new_tokens, dtype, max_seqs)
+            swapped = [row for row in swapped if row["split"] == "forget" or row["question"] in known]
+            open_ones = [row for row in open_ones if row["question"] in known]
+            report["cut"] = report["to_answer"] - len(open_ones)
         for row in open_ones:
             if not known.get(row["question"], "").strip():
                 found = f"no answer of the original model to {row['question']!r:.200}"
@@ -240,8 +244,9 @@ def data_nauf(
                 raise ValueError(f"data nauf: found {found}; expected one. {remedy}")
         made = nauf_rows(rows, swapped, known.__getitem__, seed)
     _write(target, made)
-    report = {"rows": len(rows), "swapped": len(swapped), "to_answer": len(open_ones), "written": len(made)}
+    report["written"] = len(made)
     line = f"{report['written']} rows, {report['swapped']} swapped questions, {report['to_answer']} to be answered"
+    line += f", {report['cut']} left out, for their answers were cut" if report["cut"] else ""
     print(dumps(report) if json else line)
     print(f"wrote {target}", file=sys.stderr)
     return 0
@@ -470,7 +475,7 @@ def _known(path: Path) -> dict[str, str]:
 def _answer(
     model: Path, questions: list[str], max_new_tokens: int, dtype: FloatType | None, max_seqs: int
 ) -> dict[str, str]:
-    """What a model says to each question."""
+    """What a model says to each question, but for answers that were cut: they would teach to stop there."""
     from ..infer.engine import Engine
     from ..infer.sampling import Sampling
     from ..models.hf import load
@@ -484,4 +489,5 @@ def _answer(
     settings = Sampling(temperature=0.0, max_tokens=max_new_tokens)
     with Engine(load(model, dtype=dtype), tokenizer, max_seqs=max_seqs) as engine:
         results = engine.generate(prompts, settings, raise_on_error=True)
-    return {q: (r.outputs[0].text or "").strip() for q, r in zip(questions, results, strict=True)}
+    answers = zip(questions, (result.outputs[0] for result in results), strict=True)
+    return {question: (said.text or "").strip() for question, said in answers if said.finish_reason == "stop"}

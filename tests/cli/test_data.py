@@ -135,7 +135,7 @@ def test_questions_are_asked_elsewhere_and_their_answers_read(run, tmp_path, lef
     data = write(tmp_path / "unlearn.jsonl", people())
     base = ("data", "nauf", "--data", data)
     status, out, _ = run(*base, "--ask", tmp_path / "ask.jsonl", "--json")
-    assert (status, json.loads(out)) == (0, {"rows": 3, "swapped": 6, "to_answer": 4, "written": 4})
+    assert (status, json.loads(out)) == (0, {"rows": 3, "swapped": 6, "to_answer": 4, "cut": 0, "written": 4})
     asked = rows_of(tmp_path / "ask.jsonl")
     wanted = ["Who is Bo?", "Why Bo?", "Who is Cy?", "Where is Cy?"]
     assert sorted(row["question"] for row in asked) == sorted(wanted)
@@ -170,15 +170,25 @@ def test_or_the_original_model_answers_here(run, speaking, tmp_path, chat):
         (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": None}))
     assert bool(load_tokenizer(model).chat_template) == chat
     data = write(tmp_path / "unlearn.jsonl", people())
-    more = ("--model", model, "--number", 1, "--max-new-tokens", 4, "--max-seqs", 2)
-    assert run("data", "nauf", "--data", data, "--out", tmp_path / "out.jsonl", *more)[0] == 0
+    greedy = ("--max-new-tokens", 8, "--temperature", 0, "--json", *(["--chat"] if chat else []))
+
+    def said(question):
+        prompt = question if chat else f"Question: {question}\nAnswer:"
+        return json.loads(run("generate", "--model", model, "--prompt", prompt, *greedy)[1])
+
+    config = json.loads((model / "config.json").read_text()) | {"eos_token_id": said("Who is Bo?")["token_ids"][2]}
+    (model / "config.json").write_text(json.dumps(config))  # so that one answer at least ends by itself
+    answers = {question: said(question) for question in ("Who is Bo?", "Why Bo?", "Who is Cy?", "Where is Cy?")}
+    whole = {question: a["text"].strip() for question, a in answers.items() if a["finish_reason"] == "stop"}
+    assert 0 < len(whole) < 4
+    more = ("--model", model, "--max-new-tokens", 8, "--max-seqs", 2)
+    status, out, _ = run("data", "nauf", "--data", data, "--out", tmp_path / "out.jsonl", *more)
+    told = f"{5 + len(whole)} rows, 6 swapped questions, 4 to be answered, {4 - len(whole)} left out"
+    assert (status, out) == (0, f"{told}, for their answers were cut\n")
     new = [row for row in rows_of(tmp_path / "out.jsonl") if "question_of" in row]
-    assert [row["name"] for row in new] == ["Ann", "Bo", "Cy"]
-    greedy = ("--max-new-tokens", 4, "--temperature", 0, *(["--chat"] if chat else []))
-    for row in new[1:]:
-        prompt = row["question"] if chat else f"Question: {row['question']}\nAnswer:"
-        said = run("generate", "--model", model, "--prompt", prompt, *greedy)
-        assert row["answer"] == row["original_answer"] == said[1].strip()
+    assert [row["name"] for row in new if row["split"] == "forget"] == ["Ann"] * 2
+    for column in ("answer", "original_answer"):
+        assert {row["question"]: row[column] for row in new if row["split"] == "retain"} == whole
 
 
 def test_solutions_are_shortened_anew_in_each_epoch(run, tmp_path):
