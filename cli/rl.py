@@ -10,7 +10,7 @@ import tyro
 from ..infer.speculative.settings import SpeculationConfig
 from . import critique
 from .output import UsageError
-from .rounds import answered, read_problems
+from .rounds import answered, read_problems, score_answers
 
 SUMMARIES = {"rl": "Train a policy on rewards of its own answers (GRPO, PPO, RLOO, TEMPO ...)."}
 
@@ -166,28 +166,15 @@ class _Scores:
         self.loaded: Any = None
 
     def __call__(self, problems: Sequence[Any], answers: Sequence[Any]) -> list[list[float | None]]:
-        from ..infer.guided.best_of_n import aggregate
-        from ..infer.step_scores import Solution, score_solutions
-        from ..models.reward import load, render_steps
+        from ..models.reward import load
         from ..models.tokenizer import load_tokenizer
-        from ..train.data.steps import split_steps
 
         if self.loaded is None:
             self.loaded = load(self.folder, dtype=self.dtype), load_tokenizer(self.folder)
-        model, tokenizer = self.loaded
-        most, found, asked = model.config.target.max_positions, [], []
-        for row in _judged(problems, answers):
-            found.append([])
-            for text, whole in zip(row["texts"], row["whole"], strict=True):
-                steps = [text[a:b] for a, b in split_steps(text)] if whole else []
-                long = len(render_steps(tokenizer, row["prompt"], steps, model.config.text)[0]) > most
-                found[-1].append(None if long else 0.0)
-                if steps and not long:
-                    asked.append((len(found) - 1, len(found[-1]) - 1, Solution(row["prompt"], steps)))
-        scores = score_solutions(model, tokenizer, [solution for *_, solution in asked], batch=self.batch)
-        for (group, member, _), each in zip(asked, scores, strict=True):
-            found[group][member] = aggregate(each, self.aggregate)  # type: ignore[arg-type]
-        return found
+        rows = _judged(problems, answers)
+        found = score_answers(*self.loaded, rows, self.aggregate, batch=self.batch)
+        worth = lambda value, whole: value if whole or value is None else 0.0
+        return [[*map(worth, each, row["whole"])] for each, row in zip(found, rows, strict=True)]
 
 
 def _judged(problems: Sequence[Mapping[str, Any]], answers: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import signal
 import sys
 import threading
@@ -105,6 +106,36 @@ def answered(problem: Row, texts: Sequence[str], reasons: Sequence[str]) -> Row:
         gold = known_answer(problem["answer"])
         outcomes = [int(ok and same_answer(final, gold)) for ok, final in zip(whole, finals, strict=True)]
     return {**problem, "texts": list(texts), "whole": whole, "outcomes": outcomes}
+
+
+def score_answers(
+    model: Any, tokenizer: Any, rows: Sequence[Row], how: Any, *, batch: int, progress: bool = False
+) -> list[list[float | None]]:
+    """What a reward model makes of each answer: -inf of a malformed one, None of one that is too long for it.
+
+    Args:
+      model: the reward model.
+      tokenizer: its own.
+      rows: problems with `texts` and `whole`.
+      how: one reward is made of the scores of an answer's steps.
+      batch: answers scored at a time.
+      progress: show a bar.
+    """
+    from ..infer.guided.best_of_n import aggregate
+    from ..infer.step_scores import Solution, score_solutions
+    from ..models.reward import render_steps
+    from ..train.data.steps import split_steps
+
+    most = model.config.target.max_positions
+    steps = lambda text, whole: [text[a:b] for a, b in split_steps(text)] if whole else []
+    solutions = [
+        Solution(row["prompt"], steps(*pair)) for row in rows for pair in zip(row["texts"], row["whole"], strict=True)
+    ]
+    fits = [len(render_steps(tokenizer, s.prompt, s.steps, model.config.text)[0]) <= most for s in solutions]
+    asked = [*itertools.compress(solutions, fits)]
+    scores = iter(score_solutions(model, tokenizer, asked, batch=batch, progress=progress))
+    worth = iter([aggregate(next(scores), how) if ok else None for ok in fits])
+    return [[next(worth) for _ in row["texts"]] for row in rows]
 
 
 def brier(model: Any, tokenizer: Any, rows: Sequence[Row], batch: int = 32) -> float:
@@ -325,23 +356,15 @@ def _share_right(rows: Sequence[Row]) -> float:
 
 
 def _reward(settings: Any, options: Any, rows: Sequence[Row]) -> list[list[float | None]]:
-    """What each answer is worth, None if it is malformed: whether it is right, or what a reward model makes of it."""
+    """What each answer is worth, right or not or by a reward model; None if it is malformed or too long for that."""
     if options.reward == "outcome":
         each = [zip(row["whole"], row["outcomes"], strict=True) for row in rows]
         return [[float(right) if whole else None for whole, right in pairs] for pairs in each]
-    from ..infer.guided.best_of_n import aggregate
-    from ..infer.step_scores import Solution, score_solutions
     from ..models.reward import load
     from ..models.tokenizer import load_tokenizer
-    from ..train.data.steps import split_steps
 
     model, tokenizer = load(options.reward, dtype=settings.dtype), load_tokenizer(Path(options.reward))
-    steps = lambda text, whole: [text[a:b] for a, b in split_steps(text)] if whole else []
-    solutions = [
-        Solution(row["prompt"], steps(*pair)) for row in rows for pair in zip(row["texts"], row["whole"], strict=True)
-    ]
-    scores = iter(score_solutions(model, tokenizer, solutions, batch=options.score_batch, progress=True))
-    return [[aggregate(next(scores), options.aggregate) for _ in row["texts"]] for row in rows]
+    return score_answers(model, tokenizer, rows, options.aggregate, batch=options.score_batch, progress=True)
 
 
 def _learn(kind: str, settings: Any, options: Any, number: int, before: Path | None, data: Path, out: Path) -> Any:

@@ -8,7 +8,7 @@ value-rounds  IVO (2503.02368): V learns how the answers end of the policy that 
 
 out/rounds.yaml              every setting
 out/round-1/samples.jsonl    a line a problem, with its answers, in the order of the problems
-out/round-1/rewards.jsonl    what each answer is worth; null for a malformed one
+out/round-1/rewards.jsonl    what each answer is worth; null for one that is malformed or too long
 out/round-1/selected.jsonl   what is learned
 out/round-1/run/             the run that learns it, a run like any other (`run.py`)
 out/round-1/report.json      written last: then the round is done

@@ -1,5 +1,6 @@
 """`jaxaroo train ranked` and `train value-rounds`: loops that come to their end, with models that guess one digit."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -212,26 +213,30 @@ def test_a_loop_that_was_stopped_ends_as_one_that_was_not(run, home, tmp_path, m
 
 @pytest.mark.slow
 def test_a_reward_model_needs_no_answers(run, home, tmp_path, monkeypatch):
-    """Its scores of an answer's steps become one reward as was asked for; what is malformed has none."""
-    asked = [{"prompt": row["prompt"], "completion": "?"} for row in rows_of(home / "problems.jsonl")]
-    said = []
+    """Its scores of an answer's steps become one reward as was asked for; what is malformed or too long has none."""
+    asked = [{"prompt": row["prompt"], "completion": "?"} for row in rows_of(home / "problems.jsonl")[:7]]
+    asked.append({"prompt": "how many eggs does Ada have ?\n" * 9, "completion": "?"})
+    judge, said = reward.load(home / "judge"), []
+    cfg = dataclasses.replace(judge.config, target=dataclasses.replace(judge.config.target, max_positions=32))
+    reward.save(tmp_path / "judge", RewardModel(cfg, judge.params), like=home / "judge")
 
     def score(model, tokenizer, solutions, **_):
         said.extend(solutions)
         return [[0.25, 0.5, 0.75] if s.steps else [] for s in solutions]
 
     monkeypatch.setattr("jaxaroo.infer.step_scores.score_solutions", score)
-    data = ("--data", write(tmp_path / "asked.jsonl", asked), "--reward", home / "judge", "--aggregate", "mean")
+    data = ("--data", write(tmp_path / "asked.jsonl", asked), "--reward", tmp_path / "judge", "--aggregate", "mean")
     sizes = ("--rounds", 1, "--problems", 8, "--samples", 4, "--max-new-tokens", 3, "--steps", 1)
     assert ranked(run, home, tmp_path / "out", *data, *sizes)[0] == 0
     folder = tmp_path / "out" / "round-1"
     samples = rows_of(folder / "samples.jsonl")
-    whole = [row["whole"] for row in samples]
+    whole = [row["whole"] for row in samples[:7]]
     assert {ok for each in whole for ok in each} == {True, False}  # three tokens are enough for some
-    texts = [[t] if ok else [] for row in samples for t, ok in zip(row["texts"], row["whole"], strict=True)]
+    texts = [[t] if ok else [] for row in samples[:7] for t, ok in zip(row["texts"], row["whole"], strict=True)]
     assert [s.steps for s in said] == texts
     assert [r["rewards"] for r in rows_of(folder / "rewards.jsonl")] == [
-        [0.5 if ok else None for ok in e] for e in whole
+        *([0.5 if ok else None for ok in e] for e in whole),
+        [None] * 4,
     ]
     first = [f"{i}:{each.index(True)}" for i, each in enumerate(whole) if any(each)]
     assert [r["id"] for r in rows_of(folder / "selected.jsonl")] == first
