@@ -12,6 +12,7 @@ from . import critique
 from .output import UsageError
 from .rounds import answered, read_problems, score_answers
 
+CHECKED = 10_000  # problems of the embedded task whose length is looked at before a run: seconds
 SUMMARIES = {"rl": "Train a policy on rewards of its own answers (GRPO, PPO, RLOO, TEMPO ...)."}
 
 
@@ -97,9 +98,10 @@ def make_online(settings: Any, options: Any, speculation: Any = None, speculate:
     tests = _tests(settings, options)
     if any(name in ("outcome", "truthrl") for name in options.reward) and size is not None:
         _need_answers(settings.data, [read(i) for i in range(size)])
-    if size is not None:  # for a run that ends at step 300 could not be gone on with
-        _check_lengths(settings, tokenizer, settings.data, [read(i) for i in range(size)])
-    _check_lengths(settings, tokenizer, settings.test, tests)
+    # Now, for a run that ends at step 300 could not be gone on with; of problems without end those that it will ask.
+    asked = min(settings.steps * settings.groups, CHECKED) if size is None else size
+    _check_lengths(settings, tokenizer, settings.data, [read(i) for i in range(asked)])
+    _check_lengths(settings, tokenizer, settings.test or settings.data, tests)
     engines: list[Engine] = []
 
     def serve(policy: Any) -> Engine:
@@ -233,7 +235,7 @@ def _need_answers(data: str | None, rows: Sequence[Mapping[str, Any]]) -> None:
         raise ValueError(f"train rl: row {missing} of {data} has no `answer`; expected one in every row.")
 
 
-def _check_lengths(settings: Any, tokenizer: Any, data: str | None, rows: Sequence[Mapping[str, Any]]) -> None:
+def _check_lengths(settings: Any, tokenizer: Any, data: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """That a prompt and its answer fit."""
     most = settings.max_length - settings.max_new_tokens
     for i, row in enumerate(rows):

@@ -23,7 +23,7 @@ from jaxaroo.sharding.mesh import make_mesh
 from jaxaroo.train import rl as loop
 from jaxaroo.train import run as runs
 from jaxaroo.train.algorithms import RlOptions, policy_scores
-from jaxaroo.train.data.arithmetic import arithmetic_tokenizer
+from jaxaroo.train.data.arithmetic import ArithmeticConfig, arithmetic_tokenizer, make_problem
 from jaxaroo.train.data.pipeline import BatchConfig
 from jaxaroo.train.metrics import read_records
 from jaxaroo.train.optimizer import OptimizerConfig
@@ -292,6 +292,13 @@ def test_what_cannot_be_trained_is_refused(run, home, tmp_path):
     assert (status, "found 'grop'" in err) == (1, True)
     status, _, err = train(run, home, tmp_path / "out", *problems, "--max-length", 12)
     assert (status, "row 0 of" in err, "expected at most 7, to leave 5 for an answer" in err) == (1, True, True)
+    made = (f"{make_problem(ArithmeticConfig(), 'train', i).question}\n" for i in range(3 * 8))  # those of the run
+    lengths = [len(arithmetic_tokenizer().encode(prompt)) for prompt in made]
+    longest = max(lengths)
+    more = ("--data", "builtin:arithmetic", "--steps", 3, "--max-length", longest + 4)
+    status, _, err = train(run, home, tmp_path / "out", *more)
+    found = f"row {lengths.index(longest)} of builtin:arithmetic has a prompt of {longest} tokens"
+    assert (status, found in err, f"at most {longest - 1}" in err) == (1, True, True)
     assert run("train", "rl", "--help")[1].count("--algorithm") == 1
     write(tmp_path / "settings.yaml", [])
     (tmp_path / "settings.yaml").write_text("steps: 0\n")
