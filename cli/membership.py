@@ -171,6 +171,11 @@ def _read(data: Path, tokenizer: Any, most: int, seed: int) -> tuple[dict[str, _
                 f"{examples.where(i)}: the text of {name} stands in {dealt[first]} too ({examples.where(first)}); "
                 "expected different texts. Leave one out."
             )
+        if name == "test" and (size := len(tokenizer.encode(row["text"]))) < 2:
+            raise ValueError(
+                f"{examples.where(i)}: {row['text']!r:.60} has {size} token; expected two or more, to see how likely "
+                "one is behind another. Leave it out."
+            )
         wrapped, short = wrap_within(tokenizer, row["text"], most)
         cut += short
         part: Any = parts[name]  # type: ignore[index]

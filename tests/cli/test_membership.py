@@ -268,6 +268,20 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_trained(
 
 
 @pytest.mark.errors
+def test_a_text_of_one_token_is_refused_before_anything_is_trained(run, home, tmp_path):
+    """Where no token stands in front of a text; of others than the test texts nothing is asked that needs two."""
+    shutil.copytree(home / "model", tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": False}))
+    rows = [{"text": text, "label": 1, "split": split} for text, split in (("a", "dev"), ("bc", "test"), ("d", "test"))]
+    data = write(tmp_path / "rows.jsonl", [*rows_of(home / "rows.jsonl"), *rows])
+    base = ("eval", "membership", "--model", tmp_path / "model", "--data", data, "--out", tmp_path / "out")
+    status, _, err = run(*base, *SHORT)
+    assert (status, "rows.jsonl:73: 'd' has 1 token; expected two or more" in err) == (1, True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.errors
 def test_other_models_texts_and_settings_are_named(run, home, tmp_path):
     status, _, err = run("eval", "membership", "--model", tmp_path / "none", "--data", home / "rows.jsonl")
     assert (status, str(tmp_path / "none") in err) == (1, True)
