@@ -166,6 +166,11 @@ def _read(data: Path, tokenizer: Any, most: int, seed: int) -> tuple[dict[str, _
     parts, cut, home = {name: _Part([], [], [], []) for name in SPLITS}, 0, {}
     for i, (row, name) in enumerate(zip(rows, dealt, strict=True)):
         first = home.setdefault(row["text"], i)
+        if labels[first] != labels[i]:
+            raise ValueError(
+                f"{examples.where(i)}: the text has label {labels[i]}, and {labels[first]} in {examples.where(first)}; "
+                "expected one label for a text. Leave one out."
+            )
         if dealt[first] != name:
             raise ValueError(
                 f"{examples.where(i)}: the text of {name} stands in {dealt[first]} too ({examples.where(first)}); "

@@ -248,6 +248,12 @@ def test_every_member_is_learned_as_often_as_was_asked(tmp_path, members, epochs
             1,
             "rows.jsonl:71: the text of test stands in probe_train too",
         ),
+        (
+            lambda rows: [*rows, rows[3] | {"label": 0}],
+            (),
+            1,
+            "rows.jsonl:71: the text has label 0, and 1 in rows.jsonl:4; expected one label",
+        ),
         (lambda rows: [{"text": "a", "label": 2}], (), 1, "expected 0 or 1"),
         (
             lambda rows: [{k: row[k] for k in ("text", "label")} for row in rows[:8]],
