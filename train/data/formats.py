@@ -359,7 +359,7 @@ def _infer(row: Row) -> Layout:
             fits[layout] = ways[0]
         elif layout != "rollout" and (found := _adapter(layout, columns)):
             fits[layout] = found[1]
-    if not fits and "prompt" in columns and columns & _REWARDS:
+    if not fits and "prompt" in columns and (columns & _REWARDS or columns <= {"prompt", "id"}):
         return "rollout"
     best: list[Layout] = [name for name in fits if not any(fits[name] < more for more in fits.values())]
     if len(best) == 1:

@@ -199,7 +199,10 @@ def test_strings_and_chats_do_not_mix_in_one_data_set(tmp_path):
     [
         ({**PAIR, "self_samples": ["s"]}, ["fit pairs and dispreferred; expected"]),
         ({"prompt": "p", "chosen": "c", "rejcted": "r"}, ["'rejcted' meant to be 'rejected'", "fit no layout"]),
-        ({"prompt": "p"}, ["a.jsonl:2: columns ['prompt'] fit no layout", "\n  sft: messages | prompt, completion\n"]),
+        (
+            {"prompt": "p", "x": 1},
+            ["a.jsonl:2: columns ['prompt', 'x'] fit no layout", "\n  sft: messages | prompt, completion\n"],
+        ),
         (
             {"question": "q", "answer": "a", "name": "n"},
             ["fit no layout", "\n  unlearn: name, question, answer, split"],
@@ -216,6 +219,14 @@ def test_the_larger_layout_wins_and_null_is_absent(tmp_path):
     found = [open_examples(write(tmp_path / "a.jsonl", row)) for row in rows]
     assert [examples.layout for examples in found] == ["beliefs", "sft", "sft", "pairs"]
     assert found[2].__len__() == 1
+
+
+def test_a_prompt_alone_is_to_be_answered_and_beside_others_hides_no_misspelt_column(tmp_path):
+    for row in ({"prompt": "p"}, {"prompt": [{"role": "user", "content": "x"}], "id": "7", "answer": None}):
+        found = open_examples(write(tmp_path / "a.jsonl", row))
+        assert (found.layout, found[0]["prompt"]) == ("rollout", row["prompt"])
+    fails(write(tmp_path / "a.jsonl", {"prompt": "p", "anwser": "7"}), "Is 'anwser' meant to be 'answer'?")
+    fails(write(tmp_path / "a.jsonl", {"id": "7"}), "fit no layout")
 
 
 def test_known_nulls_are_left_out_and_others_stay(tmp_path):
