@@ -54,7 +54,7 @@ LAYOUTS: Mapping[Layout, tuple[str, str]] = {
         "prompt:text rejected:text self_samples:[text]",
         "ref_rejected_logps:num ref_self_logps:[num] weight:weight",
     ),
-    "rollout": ("prompt:text", "ook:bool num_generations:count"),
+    "rollout": ("prompt:text", ""),
     "code_tests": ("prompt:text codes:[str] tests:[str] passed:[[bit]]", "entry_point:str"),
     "unlearn": (
         "name:str question:str answer:str split:forget",
@@ -315,7 +315,7 @@ _ADAPTERS: tuple[tuple[Layout, Callable[[Row], Row], set[str]], ...] = (  # and 
     ("steps", prm800k, {"labeler", "question", "label"}),
     ("steps", processbench, {"problem", "steps", "label"}),
 )
-_REWARDS = {"answer", "answers", "tests", "ook", "num_generations"}  # beside any other, `prompt` hides misspelt columns
+_REWARDS = {"answer", "answers", "tests"}  # beside any other, `prompt` hides misspelt columns
 _MIXED = "{} holds both strings and lists of messages; expected one of the two throughout"
 _is_num = lambda v: type(v) in (int, float) and -1e300 < v < 1e300  # math.isfinite fails for a large int
 _is_str = lambda v: type(v) is str and v != ""
@@ -331,7 +331,6 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "share": (lambda v: _is_num(v) and 0 <= v <= 1, "a number from 0 to 1"),
     "mark": (lambda v: v is None or (_is_num(v) and (v == -1 or 0 <= v <= 1)), "null, -1 or a number from 0 to 1"),
     "index": (lambda v: type(v) is int and v >= 0, "an integer >= 0"),
-    "count": (lambda v: type(v) is int and v >= 1, "an integer >= 1"),
     "id": (lambda v: type(v) in (int, str) and re.fullmatch("[0-9]{1,9}", str(v)) is not None, "an integer >= 0"),
     "forget": (lambda v: v in ("forget", "retain"), "`forget` or `retain`"),
     "probe": (lambda v: type(v) is str and v.removeprefix("probe_") in ("train", "dev", "test"), "train, dev or test"),
