@@ -10,7 +10,7 @@ import tyro
 from ..infer.speculative.settings import SpeculationConfig
 from . import critique
 from .output import UsageError
-from .rounds import answered, read_problems, score_answers
+from .rounds import answered, need_answers, read_problems, score_answers
 
 CHECKED = 10_000  # problems of the embedded task whose length is looked at before a run: seconds
 SUMMARIES = {"rl": "Train a policy on rewards of its own answers (GRPO, PPO, RLOO, TEMPO ...)."}
@@ -97,7 +97,7 @@ def make_online(settings: Any, options: Any, speculation: Any = None, speculate:
     size, read = _problems_of(settings, options, settings.data)
     tests = _tests(settings, options)
     if any(name in ("outcome", "truthrl") for name in options.reward) and size is not None:
-        _need_answers(settings.data, [read(i) for i in range(size)])
+        need_answers(settings.data, [read(i) for i in range(size)])
     # Now, for a run that ends at step 300 could not be gone on with; of problems without end those that it will ask.
     asked = min(settings.steps * settings.groups, CHECKED) if size is None else size
     _check_lengths(settings, tokenizer, settings.data, [read(i) for i in range(asked)])
@@ -226,13 +226,8 @@ def _tests(settings: Any, options: Any) -> list[dict[str, Any]]:
     size, read = _problems_of(settings, options, settings.test or settings.data, "test")
     rows = [read(i) for i in range(settings.tested if size is None else min(settings.tested, size))]
     if options.reward != ("critique",):
-        _need_answers(settings.test, rows)
+        need_answers(settings.test, rows)
     return rows
-
-
-def _need_answers(data: str | None, rows: Sequence[Mapping[str, Any]]) -> None:
-    if (missing := next((i for i, row in enumerate(rows) if "answer" not in row), None)) is not None:
-        raise ValueError(f"train rl: row {missing} of {data} has no `answer`; expected one in every row.")
 
 
 def _check_lengths(settings: Any, tokenizer: Any, data: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -92,6 +92,20 @@ def read_problems(data: str, arithmetic: Any, split: Any = "train") -> tuple[int
     return len(examples), read
 
 
+def need_answers(data: str | None, rows: Sequence[Row]) -> None:
+    """Refuse problems whose right answer is not known, or says nothing: no answer would ever be right."""
+    from ..infer.evaluate import known_answer
+
+    for i, row in enumerate(rows):
+        if "answer" not in row:
+            raise ValueError(f"train: row {i} of {data} has no `answer`; expected one in every row.")
+        if known_answer(row["answer"]) is None:
+            raise ValueError(
+                f"train: row {i} of {data} has the `answer` {row['answer']!r:.60}; expected a number or words in every "
+                "row. Correct it, or leave the row out."
+            )
+
+
 def answered(problem: Row, texts: Sequence[str], reasons: Sequence[str]) -> Row:
     """A problem with its answers: which are whole, and which are right, None if nobody knows.
 
@@ -296,7 +310,7 @@ def _problems(settings: Any, with_answers: bool) -> Callable[[int], list[Row]]:
     """Those of a round: each goes on where the one before it ended, behind the last row of a file with the first."""
     size, read = read_problems(settings.data, settings.arithmetic)
     if size is not None and with_answers:
-        _need_answers(settings.data, [read(i) for i in range(size)])
+        need_answers(settings.data, [read(i) for i in range(size)])
     number = settings.problems if size is None else min(settings.problems, size)  # never the same twice in a round
 
     def of_round(at: int) -> list[Row]:
@@ -312,13 +326,8 @@ def _tests(settings: Any) -> list[Row]:
     size, read = read_problems(settings.test or settings.data, settings.arithmetic, "test")
     number = settings.tested if size is None else min(settings.tested, size)
     rows = [read(i) for i in range(number)]
-    _need_answers(settings.test, rows)
+    need_answers(settings.test, rows)
     return rows
-
-
-def _need_answers(data: str | None, rows: Sequence[Row]) -> None:
-    if (missing := next((i for i, row in enumerate(rows) if "answer" not in row), None)) is not None:
-        raise ValueError(f"train: row {missing} of {data} has no `answer`; expected one in every row.")
 
 
 def _ask(

@@ -288,6 +288,11 @@ def test_what_cannot_be_trained_is_refused(run, home, tmp_path):
     assert (status, "is no reward model; expected the folder of one, outcome, truthrl or critique" in err) == (1, True)
     status, _, err = train(run, home, tmp_path / "out", "--data", home / "guesses.jsonl")
     assert (status, "has no `answer`; expected one in every row" in err) == (1, True)
+    for i, answer in enumerate(("", " \n")):
+        rows = [{"prompt": "p", "answer": text} for text in ["4"] * i + [answer]]
+        status, _, err = train(run, home, tmp_path / "out", "--data", write(tmp_path / "empty.jsonl", rows))
+        found = f"row {i} of {tmp_path / 'empty.jsonl'} has the `answer` {answer!r}; expected a number or words"
+        assert (status, found in err) == (1, True)
     status, _, err = train(run, home, tmp_path / "out", *problems, "--algorithm", "grop")
     assert (status, "found 'grop'" in err) == (1, True)
     status, _, err = train(run, home, tmp_path / "out", *problems, "--max-length", 12)

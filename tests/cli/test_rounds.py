@@ -338,6 +338,7 @@ def test_problems_of_the_embedded_task_and_of_files(home):
     ("argv", "status", "message"),
     [
         ("ranked --data {tmp}/asked.jsonl", 1, "row 0 of {tmp}/asked.jsonl has no `answer`"),
+        ("ranked --data {tmp}/empty.jsonl", 1, "row 1 of {tmp}/empty.jsonl has the `answer` ''; expected a number"),
         ("ranked --data {home}/problems.jsonl --reward {home}/run/model", 1, "is no reward model"),
         ("ranked --data {home}/problems.jsonl --batch.max-length 999", 1, "at most the model's 128"),
         ("ranked --data {home}/problems.jsonl --test {tmp}/asked.jsonl", 1, "has no `answer`"),
@@ -352,6 +353,7 @@ def test_problems_of_the_embedded_task_and_of_files(home):
 )
 def test_what_cannot_work_is_said_before_anything_is_asked(run, home, tmp_path, argv, status, message):
     write(tmp_path / "asked.jsonl", [{"prompt": "how many ?\n", "completion": "ans 1"}])
+    write(tmp_path / "empty.jsonl", [{"prompt": "how many ?\n", "answer": answer} for answer in ("1", "")])
     kind, *argv = [a.format(home=home, tmp=tmp_path) for a in argv.split()]
     argv = [kind, "--batch.max-length", 64, *argv]
     found, out, err = run("train", *argv, "--model", home / "run" / "model", "--out", tmp_path / "out")
