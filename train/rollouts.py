@@ -91,7 +91,8 @@ def lay_out(
         while len(rows) > R:
             R *= 2
     else:
-        rows = [[i] if i in {*chosen} else [] for i in range(len(answers))]
+        there = {*chosen}
+        rows = [[i] if i in there else [] for i in range(len(answers))]
         longest = max(sizes, default=1)
         T = min(max_length, next((b for b in BUCKETS if b >= longest), max_length))
         R = -(-len(answers) // multiple) * multiple

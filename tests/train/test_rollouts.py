@@ -1,5 +1,7 @@
 """Oracle: answers put into rows by hand, and every token's number looked for where it has to stand."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -58,6 +60,14 @@ def test_rows_come_in_few_sizes():
     assert shape(ANSWERS, max_length=6, packing=True) == (4, 6)
     assert shape([*ANSWERS, ANSWERS[2]], max_length=6, packing=True) == (8, 6)
     assert shape([*ANSWERS, ANSWERS[2]], max_length=6, multiple=3, packing=True) == (6, 6)
+
+
+def test_many_answers_are_laid_out_one_after_the_other():
+    """Half a second; half a minute if each looks at all others."""
+    began = time.process_time()
+    placed = lay_out([Sampled([1], [2], True)] * 40_000, [True] * 40_000, max_length=2)
+    assert time.process_time() - began < 10
+    assert placed.row.tolist() == [*range(40_000)]
 
 
 def test_what_does_not_fit_is_refused():
