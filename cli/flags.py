@@ -62,6 +62,12 @@ def dry(name: str, command: Command) -> Command:
             from ..train.examine import examine
 
             found |= examine(kind, settings["settings"], _options(settings))
+        if kind in ("rl", "ranked"):
+            from .rounds import need_reward
+
+            rewards = settings["options"].reward
+            for reward in (rewards,) if isinstance(rewards, str) else rewards:
+                need_reward(kind, reward)
         print(dumps(found | {"settings": given}, indent=2))
         return 0
 

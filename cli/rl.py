@@ -10,7 +10,7 @@ import tyro
 from ..infer.speculative.settings import SpeculationConfig
 from . import critique
 from .output import UsageError
-from .rounds import answered, need_answers, read_problems, score_answers
+from .rounds import REWARDS, answered, need_answers, need_reward, read_problems, score_answers
 
 CHECKED = 10_000  # problems of the embedded task whose length is looked at before a run: seconds
 SUMMARIES = {"rl": "Train a policy on rewards of its own answers (GRPO, PPO, RLOO, TEMPO ...)."}
@@ -150,12 +150,7 @@ def make_reward(name: str, settings: Any, options: Any) -> Callable[..., Any]:
         return lambda problems, answers: _truthrl(problems, answers, options.abstention)
     if name == "critique":
         return critique.make_reward(settings, options.critique)
-    from ..models import reward
-
-    if not reward.is_reward_model(name):
-        raise ValueError(
-            f"train rl: {name} is no reward model; expected the folder of one, outcome, truthrl or critique."
-        )
+    need_reward("rl", name)
     return _Scores(Path(name), settings.dtype, options.aggregate, options.score_batch)
 
 
@@ -248,7 +243,7 @@ def _go(settings: Any, options: Any, speculation: Any, speculate: Any) -> int:
 
     from ..train.rl import resolve, run_rl
 
-    absolute = lambda name: name if name in ("outcome", "truthrl", "critique") else str(Path(name).absolute())
+    absolute = lambda name: name if name in REWARDS["rl"] else str(Path(name).absolute())
     settings = resolve(settings)
     options = dataclasses.replace(options, reward=tuple(map(absolute, options.reward)))
     if actor := options.critique.actor:

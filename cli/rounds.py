@@ -20,6 +20,7 @@ SUMMARIES = {
     "ranked": "Fine-tune a policy on the best of its own answers, in rounds.",
     "value-rounds": "Train a value model on answers that it guides itself, in rounds.",
 }
+REWARDS = {"rl": ("outcome", "truthrl", "critique"), "ranked": ("outcome",)}  # that have names
 Row = dict[str, Any]
 
 
@@ -104,6 +105,20 @@ def need_answers(data: str | None, rows: Sequence[Row]) -> None:
                 f"train: row {i} of {data} has the `answer` {row['answer']!r:.60}; expected a number or words in every "
                 "row. Correct it, or leave the row out."
             )
+
+
+def need_reward(kind: str, name: str) -> None:
+    """Refuse a reward that is neither known by its name nor the folder of a reward model.
+
+    Args:
+      kind: a key of `REWARDS`.
+      name: of the reward.
+    """
+    from ..models.reward import is_reward_model
+
+    if name not in REWARDS[kind] and not is_reward_model(name):
+        wanted = ", ".join(REWARDS[kind])
+        raise ValueError(f"train {kind}: {name} is no reward model; expected the folder of one, or {wanted}.")
 
 
 def answered(problem: Row, texts: Sequence[str], reasons: Sequence[str]) -> Row:
@@ -221,13 +236,12 @@ def _go(kind: str, settings: Any, options: Any) -> int:
 def _ranked(settings: Any, options: Any) -> Any:
     """What each round of reward-ranked fine-tuning does."""
     from ..infer.engine import Engine
-    from ..models import hf, reward
+    from ..models import hf
     from ..models.tokenizer import load_tokenizer
     from ..train.rounds import Loop, select
 
     _check_model(settings)
-    if options.reward != "outcome" and not reward.is_reward_model(options.reward):
-        raise ValueError(f"train ranked: {options.reward} is no reward model; expected the folder of one, or outcome.")
+    need_reward("ranked", options.reward)
     problems, tests = _problems(settings, options.reward == "outcome"), _tests(settings)
 
     def serve(before: Path | None) -> Engine:

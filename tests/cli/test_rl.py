@@ -285,7 +285,13 @@ def test_what_cannot_be_trained_is_refused(run, home, tmp_path):
     status, _, err = train(run, home, tmp_path / "out", *problems, "--evaluate-every", 1)
     assert (status, "--evaluate-every without --test; expected a file" in err) == (2, True)
     status, _, err = train(run, home, tmp_path / "out", *problems, "--reward", home / "run")
-    assert (status, "is no reward model; expected the folder of one, outcome, truthrl or critique" in err) == (1, True)
+    assert (status, "is no reward model; expected the folder of one, or outcome, truthrl, critique" in err) == (1, True)
+    for name in (home / "run", "nope"):
+        more = (*problems, "--reward", "outcome", name, "--dry-run")
+        status, _, err = train(run, home, tmp_path / "out", *more)
+        assert (status, f"train rl: {name} is no reward model; expected the folder" in err) == (1, True)
+    for names in (("outcome", home / "judge"), ("truthrl",), ("critique",)):
+        assert train(run, home, tmp_path / "out", *problems, "--reward", *names, "--dry-run")[0] == 0
     status, _, err = train(run, home, tmp_path / "out", "--data", home / "guesses.jsonl")
     assert (status, "has no `answer`; expected one in every row" in err) == (1, True)
     for i, answer in enumerate(("", " \n")):

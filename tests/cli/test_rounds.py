@@ -340,6 +340,7 @@ def test_problems_of_the_embedded_task_and_of_files(home):
         ("ranked --data {tmp}/asked.jsonl", 1, "row 0 of {tmp}/asked.jsonl has no `answer`"),
         ("ranked --data {tmp}/empty.jsonl", 1, "row 1 of {tmp}/empty.jsonl has the `answer` ''; expected a number"),
         ("ranked --data {home}/problems.jsonl --reward {home}/run/model", 1, "is no reward model"),
+        ("ranked --data {home}/problems.jsonl --reward nope --dry-run", 1, "nope is no reward model; expected the"),
         ("ranked --data {home}/problems.jsonl --batch.max-length 999", 1, "at most the model's 128"),
         ("ranked --data {home}/problems.jsonl --test {tmp}/asked.jsonl", 1, "has no `answer`"),
         ("ranked --data {home}/problems.jsonl --temperature 0", 1, "expected answers that differ"),
