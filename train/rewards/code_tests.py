@@ -10,7 +10,8 @@ one that was skipped has not passed.
 What a run may not do: use more CPU time, time, memory or bytes of a file than allowed; start a process or a thread;
 open a connection; signal other processes; write outside its own folder, which is removed behind it. It sees Python's
 own library, nothing that was installed, no input, no environment but a fixed hash seed (so that sets are walked in the
-same order each time). Output is kept up to a bound, and read on beyond it.
+same order each time). Output is kept up to a bound, and read on beyond it. How much the folder holds is looked at ten
+times a second at most, and a run that filled it is killed; so for a moment it may hold what is written meanwhile.
 
 On Linux the kernel refuses these things (limits, a network of its own, Landlock, a filter of system calls, as far as
 each is granted), elsewhere limits and an audit hook of the interpreter do. A limit that cannot be set on a platform is
@@ -43,6 +44,8 @@ from tqdm import tqdm
 _CHILD = Path(__file__).with_name("code_child.py")
 _FLAGS = ("-P", "-s", "-S", "-B", "-X", "utf8")  # -I without -E, for there is nothing in the environment but the seed
 _START_SECONDS = 60.0  # for the interpreter to begin, on a busy machine too; the code's own time counts from then
+_LOOK_SECONDS = 0.1  # between looks at what the folder holds
+_BLOCK = 2**12  # bytes that a file or folder takes at least
 _CHUNK = 2**16
 
 
@@ -58,11 +61,13 @@ class CodeLimits:
     wall_seconds: float = 10.0
     memory_bytes: int = 512 * 2**20  # of address space, the interpreter's own included
     file_bytes: int = 2**20  # of each file that it writes
+    folder_bytes: int = 2**26  # of all of them
     output_bytes: int = 2**14  # kept of what it prints
     allow_unsafe: bool = False  # run even if a limit cannot be set
 
     def __post_init__(self):
-        for name, least in {"cpu_seconds": 1, "memory_bytes": 2**26, "file_bytes": 0, "output_bytes": 0}.items():
+        least_of = dict.fromkeys(("file_bytes", "folder_bytes", "output_bytes"), 0)
+        for name, least in ({"cpu_seconds": 1, "memory_bytes": 2**26} | least_of).items():
             value = getattr(self, name)
             if type(value) is not int or not least <= value < 2**62:
                 raise ValueError(f"CodeLimits.{name}: found {value!r}; expected an integer of at least {least}.")
@@ -74,7 +79,7 @@ class Outcome(NamedTuple):
     """How one run went."""
 
     passed: bool
-    ended: str  # passed, failed, out of time, or the signal that killed it
+    ended: str  # passed, failed, out of time, out of room, or the signal that killed it
     output: str  # of standard output and error together, the last traceback included
     guards: tuple[str, ...]  # beside limits
 
@@ -116,8 +121,8 @@ def run_test(code: str, test: str, limits: CodeLimits = CodeLimits()) -> Outcome
                 os.close(told)
             opened.enter_context(process)  # closes its output, and waits
             opened.callback(_kill, process)
-            said, output, in_time = _listen(process, verdict, len(nonce), limits)
-        return _outcome(said, nonce.encode(), output.decode(errors="replace"), in_time, process.returncode, limits)
+            said, output, out_of = _listen(process, verdict, len(nonce), folder, limits)
+        return _outcome(said, nonce.encode(), output.decode(errors="replace"), out_of, process.returncode, limits)
 
 
 def run_tests(
@@ -197,18 +202,20 @@ def _resources(limits: CodeLimits) -> dict[str, int]:
     }
 
 
-def _listen(process: subprocess.Popen, verdict: int, number: int, limits: CodeLimits) -> tuple[bytes, bytes, bool]:
-    """What came on the pipe until a verdict can be told, what was printed, and whether it was in time."""
+def _listen(
+    process: subprocess.Popen, verdict: int, number: int, folder: str, limits: CodeLimits
+) -> tuple[bytes, bytes, str]:
+    """What came on the pipe until a verdict can be told, what was printed, and what it had too little of, if so."""
     assert process.stdout is not None
     out, said, kept = process.stdout.fileno(), bytearray(), bytearray()
-    deadline, ended, begun = time.monotonic() + _START_SECONDS, False, False
+    deadline, look, ended, begun, full = time.monotonic() + _START_SECONDS, 0.0, False, False, False
     keep = lambda data: kept.extend(data[: limits.output_bytes - len(kept)])
     with selectors.DefaultSelector() as selector:
         for fd in (verdict, out):
             os.set_blocking(fd, False)
             selector.register(fd, selectors.EVENT_READ)
-        while not ended and (left := deadline - time.monotonic()) > 0:
-            for key, _ in selector.select(left):
+        while not ended and not full and (left := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(min(left, _LOOK_SECONDS)):
                 data = os.read(key.fd, _CHUNK)
                 if key.fd == verdict:
                     said += data
@@ -221,13 +228,28 @@ def _listen(process: subprocess.Popen, verdict: int, number: int, limits: CodeLi
             if newline and not begun:
                 begun, deadline = True, time.monotonic() + limits.wall_seconds
             ended = ended or len(rest) >= number or len(line) > _CHUNK
+            if begun and not ended and (now := time.monotonic()) >= look:
+                full = _held(folder) > limits.folder_bytes
+                look = time.monotonic() + max(_LOOK_SECONDS, 10 * (time.monotonic() - now))
     with contextlib.suppress(BlockingIOError):  # what it printed last may have come after the verdict
         while len(kept) < limits.output_bytes and (data := os.read(out, _CHUNK)):
             keep(data)
-    return bytes(said), bytes(kept), ended
+    return bytes(said), bytes(kept), "room" if full else "" if ended else "time"
 
 
-def _outcome(said: bytes, nonce: bytes, output: str, in_time: bool, status: int, limits: CodeLimits) -> Outcome:
+def _held(folder: str) -> int:
+    """Bytes of all that a folder holds, as far as it can be seen."""
+    total, waiting = 0, [folder]
+    while waiting:
+        with contextlib.suppress(OSError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                total += max(_BLOCK, entry.stat(follow_symlinks=False).st_size)
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+    return total
+
+
+def _outcome(said: bytes, nonce: bytes, output: str, out_of: str, status: int, limits: CodeLimits) -> Outcome:
     line, begun, rest = said.partition(b"\n")
     if not begun:
         found = f"a child that ended with {status} before it began: {output[-500:].strip()!r}"
@@ -238,8 +260,8 @@ def _outcome(said: bytes, nonce: bytes, output: str, in_time: bool, status: int,
         remedy = "Run on Linux or in a container; or set allow_unsafe, where nothing can be lost."
         raise SandboxError(f"run_test: {found}; expected all limits to hold. {remedy}")
     passed = rest == nonce
-    ended = "passed" if passed else "failed" if in_time else "out of time"
-    if not passed and in_time and status < 0:
+    ended = "passed" if passed else f"out of {out_of}" if out_of else "failed"
+    if ended == "failed" and status < 0:
         ended = next((s.name for s in signal.Signals if s == -status), f"signal {-status}")
     return Outcome(passed, ended, output, tuple(report["guards"]))
 

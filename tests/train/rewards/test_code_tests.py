@@ -204,6 +204,26 @@ def test_memory_and_files_have_an_end():
     assert "Too many open files" in run_test("x = [open('/dev/null') for _ in range(99)]", "", LIMITS).output
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        "open(str(i), 'wb').write(bytes(10**5))",
+        "os.mkdir('in'); os.chdir('in'); open('a', 'wb').write(bytes(10**5))",
+        "open(str(i), 'wb').close()",
+        "os.mkdir(str(i))",
+        "os.symlink('none', str(i))",
+    ],
+)
+def test_many_files_have_an_end_too(monkeypatch, tmp_path, write):
+    """A bound of each says little of all."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = f"import itertools, os, time\nfor i in range(300): {write}"
+    small = CodeLimits(folder_bytes=10**6, wall_seconds=60.0)
+    assert run_test(f"{code}\ntime.sleep(60)", "", small)[:2] == (False, "out of room")
+    assert run_test(code.replace("300", "3"), "time.sleep(0.5)", small).passed
+    assert os.listdir(tmp_path) == []
+
+
 def test_output_is_kept_up_to_a_bound_and_no_output_stops_a_code():
     outcome = run_test("for i in range(40): print('x' * 10**5)", "print('the end')", CodeLimits(output_bytes=1000))
     assert (outcome.passed, outcome.output) == (True, "x" * 1000)
@@ -475,7 +495,7 @@ def test_folders_in_folders_are_left_behind_no_more_than_others(monkeypatch, tmp
             os.chdir("inner")
         os.chmod(".", 0)
     """
-    assert passes(code)
+    assert passes(code, limits=CodeLimits(cpu_seconds=30, wall_seconds=60.0))
     assert os.listdir(home) == []
     assert (theirs / "old").read_text() == "old"
 
@@ -503,6 +523,7 @@ def test_limits_that_make_no_sense_are_refused(monkeypatch):
         dict(cpu_seconds=1.5),
         dict(memory_bytes=1000),
         dict(file_bytes=-1),
+        dict(folder_bytes=-1),
         dict(output_bytes=-1),
         dict(wall_seconds=0.0),
         dict(wall_seconds=float("nan")),
