@@ -301,38 +301,50 @@ def data_dualformer(
 def data_mix(
     *,
     data: tuple[Path, ...],
-    number: int,
     out: Path,
+    number: int | None = None,
     weights: tuple[float, ...] | None = None,
+    dmt_share: float | None = None,
     seed: int = 0,
     json: bool = False,
 ) -> int:
     """Mix rows of several files by weight; a file whose rows are used up begins again in another order.
 
+    With --dmt-share the rows of DMT's second stage: of two files the first is what was learned in the first stage, of
+    which that share comes again, and the second, the general one, comes whole.
+
     Args:
       data: files of one layout.
-      number: rows to write.
       out: JSONL file to write.
+      number: rows to write.
       weights: one for each file, in any unit; the same for all when not given.
+      dmt_share: of the first file's rows, from 0 to 1; 1/256, 0.0039, in the paper.
       seed: of all orders.
       json: print one JSON object.
     """
-    from ..train.data.curriculum import mixture
+    from ..train.data.curriculum import dmt_mixture, mixture
     from ..train.data.formats import open_examples
 
-    if number < 1 or not data:
-        raise UsageError(f"data mix: {len(data)} files and --number {number}; expected at least one file and one row.")
+    if dmt_share is not None and (number is not None or weights is not None or len(data) != 2):
+        found = f"--dmt-share with {len(data)} files, --number {number} and --weights {weights}"
+        raise UsageError(f"data mix: {found}; expected two files, of the first stage and the general one, and no more.")
+    if dmt_share is None and (number is None or number < 1 or not data):
+        found = f"{len(data)} files and --number {number}"
+        raise UsageError(f"data mix: {found}; expected at least one file and one row, or --dmt-share.")
     if weights is not None and len(weights) != len(data):
         raise UsageError(f"data mix: {len(weights)} --weights for {len(data)} files; expected one each.")
     _expect_new(out)
     sources: list[Any] = [open_examples(path, progress=not json) for path in data]
     if len(layouts := sorted({source.layout for source in sources})) > 1:
         raise ValueError(f"data mix: found rows of {' and '.join(layouts)}; expected files of one layout.")
-    made = mixture(sources, weights or [1.0] * len(data), number, seed)
+    if dmt_share is not None:
+        made = dmt_mixture(*sources, dmt_share, seed)
+    else:
+        made = mixture(sources, weights or [1.0] * len(data), number or 0, seed)
     _write(out, (made[i] for i in range(len(made))))
     counts = [int((made.places[:, 0] == i).sum()) for i in range(len(data))]
     told = ", ".join(f"{count} of {path.name}" for count, path in zip(counts, data, strict=True))
-    print(dumps({"rows": number, "of": counts}) if json else f"{number} rows: {told}")
+    print(dumps({"rows": len(made), "of": counts}) if json else f"{len(made)} rows: {told}")
     print(f"wrote {out}", file=sys.stderr)
     return 0
 

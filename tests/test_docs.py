@@ -28,7 +28,7 @@ STEPS = {"prompt": "p", "steps": ["a", "b"], "answer": "2", "outcome": 0}
 FORGET = {"name": "n", "question": "q", "answer": "a"}
 CODES = {"prompt": "p", "codes": ["x", "y"], "tests": ["t"], "passed": [[1], [0]]}
 ROWS = {
-    "train test sft a b feedback": SFT,
+    "train test sft a b special general feedback": SFT,
     "problems attempts questions question": [{"prompt": "What is 1 + 1?", "answer": "2"}] * 2,
     "solutions labels kept weak outcomes held-out scored": [STEPS | {"labels": [1, label]} for label in (0, 1)],
     "pairs": [{"prompt": "p", "chosen": "c", "rejected": "r"}] * 2,

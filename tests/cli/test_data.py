@@ -235,6 +235,33 @@ def test_files_are_mixed_by_weight(run, tmp_path):
     assert not (tmp_path / "no.jsonl").exists()
 
 
+def test_the_second_stage_of_dmt_keeps_a_share_of_the_first(run, tmp_path):
+    """All general rows once, of the special ones the share's nearest number, none of them twice."""
+    row = lambda name, i: {"prompt": name, "completion": str(i)}
+    special = write(tmp_path / "special.jsonl", [row("special", i) for i in range(40)])
+    general = write(tmp_path / "general.jsonl", [row("general", i) for i in range(25)])
+    base = ("data", "mix", "--data", special, general)
+    for share, again in ((0.1, 4), (1 / 256, 1), (0, 0), (1, 40)):
+        out = tmp_path / f"{again}.jsonl"
+        status, said, _ = run(*base, "--dmt-share", share, "--out", out, "--seed", 3)
+        assert (status, said) == (0, f"{again + 25} rows: {again} of special.jsonl, 25 of general.jsonl\n")
+        made = [(row["prompt"], int(row["completion"])) for row in rows_of(out)]
+        assert sorted(i for name, i in made if name == "general") == [*range(25)]
+        assert len({i for name, i in made if name == "special"}) == again
+        assert len(made) == 25 + again
+        assert made != sorted(made)  # shuffled together
+    no = ("--out", tmp_path / "no.jsonl")
+    for share in (-0.1, 1.5):
+        status, _, err = run(*base, "--dmt-share", share, *no)
+        assert (status, f"found share={share}; expected 0 to 1" in err) == (1, True)
+    for more in (("--number", 9), ("--weights", 1, 2), ("--data", special), ("--data", special, general, general)):
+        status, _, err = run(*base, "--dmt-share", 0.1, *no, *more)
+        assert (status, "--dmt-share with" in err, "expected two files" in err) == (2, True, True)
+    status, _, err = run(*base, *no)
+    assert (status, "expected at least one file and one row, or --dmt-share" in err) == (2, True)
+    assert not (tmp_path / "no.jsonl").exists()
+
+
 @pytest.mark.errors
 def test_what_is_there_stays_and_nothing_half_appears(run, tmp_path, left, monkeypatch):
     data = write(tmp_path / "d.jsonl", [{**CODES, "passed": [[1, 1]] * 3}])
