@@ -338,7 +338,7 @@ def data_mix(
     if len(layouts := sorted({source.layout for source in sources})) > 1:
         raise ValueError(f"data mix: found rows of {' and '.join(layouts)}; expected files of one layout.")
     if dmt_share is not None:
-        made = dmt_mixture(*sources, dmt_share, seed)
+        made = dmt_mixture(sources[0], sources[1], dmt_share, seed)
     else:
         made = mixture(sources, weights or [1.0] * len(data), number or 0, seed)
     _write(out, (made[i] for i in range(len(made))))

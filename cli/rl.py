@@ -168,8 +168,8 @@ class _Scores:
 
         if self.loaded is None:
             self.loaded = load(self.folder, dtype=self.dtype), load_tokenizer(self.folder)
-        rows = _judged(problems, answers)
-        found = score_answers(*self.loaded, rows, self.aggregate, batch=self.batch)
+        (model, tokenizer), rows = self.loaded, _judged(problems, answers)
+        found = score_answers(model, tokenizer, rows, self.aggregate, batch=self.batch)
         worth = lambda value, whole: value if whole or value is None else 0.0
         return [[*map(worth, each, row["whole"])] for each, row in zip(found, rows, strict=True)]
 
