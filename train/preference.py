@@ -13,9 +13,7 @@ become sequences, where the reference comes from, and the loss with its forward 
 step that finds the two apart ends the run (`check_start`).
 """
 
-import bisect
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
@@ -52,12 +50,12 @@ from .objectives.sparsepo import SparsepoConfig
 from .objectives.unlearn import UnlearnConfig, answers_of
 from .optimizer import OptimizerConfig
 from .optimizer import make_optimizer as make_optimizer_of
+from .other_rows import Examples, ForgetAndRetain, Mismatched
 from .references import COLUMN
 from .step import Advance, LossFn, Metrics, Term
 
 log = logging.getLogger(__name__)
 Reference = Literal["auto", "frozen", "precomputed", "columns", "mixed", "none"]
-Examples = Sequence[Mapping[str, Any]]
 ROUNDING = {"float32": 1e-3, "bfloat16": 2e-2}  # nats a token by which a model may differ from itself
 
 
@@ -187,63 +185,6 @@ def bare_encoder(tokenizer: Tokenizer, options: PreferenceOptions) -> Encode:
     """The sequences alone, to be scored by a reference."""
     sequences, parts = _sequences_of(options), objective_of(options).parts(settings_of(options))
     return lambda row: sequences(tokenizer, row, parts)
-
-
-class Mismatched:
-    """Rows for KTO: each brings an answer to another prompt, to be put behind its own.
-
-    Rows of one prompt often stand together; the answer is that of as many rows further on, so that each has its turn.
-    """
-
-    def __init__(self, examples: Examples):
-        """Of rows of layout `unpaired`, of two prompts at least; all are read once."""
-        known: dict[str, int] = {}
-        ids = [known.setdefault(json.dumps(examples[i]["prompt"]), i) for i in range(len(examples))]
-        if len(known) < 2:
-            raise ValueError(
-                f"train preference: {len(known)} prompt in {len(examples)} rows for kto; expected at least 2, to "
-                "mismatch answers. --loss apo_zero_unpaired does without."
-            )
-        ends = [i + 1 for i in range(len(ids)) if i + 1 == len(ids) or ids[i] != ids[i + 1]]
-        self._examples, self._others = examples, np.empty(len(ids), np.int64)
-        for begin, end in zip([0, *ends], ends, strict=False):
-            for i in range(begin, end):
-                other = (i + end - begin) % len(ids)
-                while ids[other] == ids[i]:  # at most twice: where the last row and the first are of one prompt
-                    other = ends[bisect.bisect_right(ends, other)] % len(ids)
-                self._others[i] = other
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        """Row `i`, with `mismatched`."""
-        other = self._examples[int(self._others[i])]
-        return {**self._examples[i], "mismatched": other["completion"]}
-
-
-class ForgetAndRetain:
-    """Rows to forget, each with a row to retain under `retain`; rows kept for evaluation are left out."""
-
-    def __init__(self, examples: Examples):
-        """Of rows of layout `unlearn`, some of both splits."""
-        rows = [(i, examples[i]) for i in range(len(examples))]
-        self._examples = examples
-        self._forget = [i for i, row in rows if row["split"] == "forget" and not row.get("eval")]
-        self._retain = [i for i, row in rows if row["split"] == "retain" and not row.get("eval")]
-        if not self._forget or not self._retain:
-            raise ValueError(
-                f"train unlearn: {len(self._forget)} rows to forget and {len(self._retain)} to retain; expected some "
-                "of both, apart from those that are kept for evaluation."
-            )
-
-    def __len__(self) -> int:
-        return max(len(self._forget), len(self._retain))
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        """Both go round, the shorter list again, so that every row has its turn."""
-        kept = self._examples[self._retain[i % len(self._retain)]]
-        return {**self._examples[self._forget[i % len(self._forget)]], "retain": dict(kept)}
 
 
 def prepare(examples: Examples, options: PreferenceOptions) -> Examples:

@@ -537,17 +537,6 @@ def test_answers_are_forgotten_and_others_are_not(base, tmp_path, given):
         assert abs(first["retain_kld"]) < 1e-6 < last["retain_kld"]
 
 
-def test_every_row_to_forget_meets_one_to_retain():
-    rows = [{"split": s, "i": i} for i, s in enumerate(["forget", "retain", "forget", "forget", "retain"])]
-    rows += [{"split": split, "i": 9, "eval": True} for split in ("retain", "forget")]
-    found = preference.prepare(rows, PreferenceOptions(objective="unlearn"))
-    assert [(found[i]["i"], found[i]["retain"]["i"]) for i in range(len(found))] == [(0, 1), (2, 4), (3, 1)]
-    fewer = preference.prepare([rows[0], *rows[4:], rows[1]], PreferenceOptions(objective="unlearn"))
-    assert [(fewer[i]["i"], fewer[i]["retain"]["i"]) for i in range(len(fewer))] == [(0, 4), (0, 1)]
-    with pytest.raises(ValueError, match="0 rows to forget and 2 to retain"):
-        preference.prepare([rows[1], rows[4]], PreferenceOptions(objective="unlearn"))
-
-
 # -------------------------------------------------------------------------------------------------------------- errors
 @pytest.mark.errors
 @pytest.mark.parametrize(
@@ -601,23 +590,3 @@ def _origin(base):
     from jaxaroo.train.recipe import Origin
 
     return Origin(CFG, byte_tokenizer(), base / "model")
-
-
-@pytest.mark.parametrize(
-    ("prompts", "wanted"),
-    [
-        ("abc", [1, 2, 0]),
-        ("aabbcc", [2, 3, 4, 5, 0, 1]),  # as pairs that were taken apart stand
-        ("aaab", [3, 3, 3, 0]),  # the first three go on to b: what is behind it is a again
-        ("abba", [1, 3, 0, 1]),
-        ("aabaaacaa", None),
-    ],
-)
-def test_a_row_of_kto_brings_an_answer_to_another_prompt(prompts, wanted):
-    """In turn: where prompts have equally many rows, each answer once."""
-    options = PreferenceOptions(objective="kto")
-    rows = preference.prepare([{"prompt": p, "completion": str(i)} for i, p in enumerate(prompts)], options)
-    found = [int(rows[i]["mismatched"]) for i in range(len(rows))]
-    assert [rows[i]["completion"] for i in range(len(rows))] == [str(i) for i in range(len(prompts))]
-    assert not [i for i, other in enumerate(found) if prompts[i] == prompts[other]]
-    assert wanted in (None, found)
