@@ -221,7 +221,7 @@ def _tests(settings: Any, options: Any) -> list[dict[str, Any]]:
     size, read = _problems_of(settings, options, settings.test or settings.data, "test")
     rows = [read(i) for i in range(settings.tested if size is None else min(settings.tested, size))]
     if options.reward != ("critique",):
-        need_answers(settings.test, rows)
+        need_answers(settings.test or settings.data, rows)
     return rows
 
 

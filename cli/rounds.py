@@ -340,7 +340,7 @@ def _tests(settings: Any) -> list[Row]:
     size, read = read_problems(settings.test or settings.data, settings.arithmetic, "test")
     number = settings.tested if size is None else min(settings.tested, size)
     rows = [read(i) for i in range(number)]
-    need_answers(settings.test, rows)
+    need_answers(settings.test or settings.data, rows)
     return rows
 
 
