@@ -73,11 +73,11 @@ class Sampling:
         check(
             "max_tokens", self.max_tokens is None or (integer(self.max_tokens) and self.max_tokens > 0), ">= 1 or None"
         )
-        check("temperature", number(self.temperature) and self.temperature >= 0, "a number >= 0")
+        check("temperature", number(t := self.temperature) and (t == 0 or t >= 1e-6), "0, greedy, or at least 1e-6")
         check("top_k", integer(self.top_k) and self.top_k >= 0, "an integer >= 0 (0 keeps all)")
         check("top_p", number(self.top_p) and 0 < self.top_p <= 1, "0 < top_p <= 1")
         check("min_p", number(self.min_p) and 0 <= self.min_p <= 1, "0 <= min_p <= 1")
-        check("repetition_penalty", number(self.repetition_penalty) and self.repetition_penalty > 0, "a number > 0")
+        check("repetition_penalty", number(r := self.repetition_penalty) and r >= 1e-6, "a number of at least 1e-6")
         for name in ("presence_penalty", "frequency_penalty"):
             check(name, number(v := getattr(self, name)) and -2 <= v <= 2, "-2 to 2")
         bias = self.logit_bias

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .dispatch import precision
+
 _HIDDEN = -1e30  # a score; finite, so that a query that sees nothing has an output and no NaN
 
 
@@ -97,7 +99,7 @@ def _scores(
 
 
 def _product(form: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(form, x, y, preferred_element_type=jnp.float32)
+    return jnp.einsum(form, x, y, precision=precision(x), preferred_element_type=jnp.float32)
 
 
 # Heads in front of rows, by hand: einsum would transpose scores instead, which are larger.

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 Impl = Literal["auto", "xla", "tpu", "gpu", "interpret-tpu", "interpret-gpu"]
@@ -24,10 +25,11 @@ NONE = Kernel(lambda *_: None, "It has no form for GPUs.")
 def run(where: str, impl: Impl, plain: Callable[..., Any], *given: Any, tpu: Kernel, gpu: Kernel = NONE) -> Any:
     """Apply an operation to arrays.
 
-    A kernel is not cut up by the compiler, so `auto` leaves a mesh of several devices to XLA; within `shard_map`, where
-    arrays are those of one device, it does not. GPUs of other generations than Hopper, on which all of it was measured,
-    have XLA's form: tiles that fit one may not fit another. Forms are traced, and one is lowered: hand in kernels that
-    are jitted once, or every layer pays for tracing them. Derivatives are those of XLA's form.
+    A kernel is not cut up by the compiler, so `auto` leaves a mesh of several devices to XLA if it is set
+    (`jax.set_mesh`; where arrays lie is not seen here); within `shard_map`, where arrays are those of one device, it
+    does not. GPUs of other generations than Hopper, on which all of it was measured, have XLA's form: tiles that fit
+    one may not fit another. Forms are traced, and one is lowered: hand in kernels that are jitted once, or every layer
+    pays for tracing them. Derivatives are those of XLA's form.
 
     Args:
       where: the operation, for errors.
@@ -59,6 +61,11 @@ def run(where: str, impl: Impl, plain: Callable[..., Any], *given: Any, tpu: Ker
     forms = {name: lambda *arrays, call=kernel.call: call(*arrays, False) for name, kernel in own.items()}
     chosen = lambda *arrays: jax.lax.platform_dependent(*arrays, **forms, default=plain)
     return _with_derivatives(chosen, plain)(*given)
+
+
+def precision(x: jax.Array) -> jax.lax.Precision | None:
+    """Of products with x: float32 is multiplied as such, where a chip's default is a pass of bfloat16 or TF32."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def _with_derivatives(form: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from .dispatch import Impl, Kernel, run
+from .dispatch import Impl, Kernel, precision, run
 
 MOST_ROWS = 64  # drafting and trees; training is left to XLA
 
@@ -44,7 +44,7 @@ def reference(
     a: Float[Array, "R D"], u: Float[Array, "R D"], router: Float[Array, "4 D"], experts: tuple[Expert, Expert]
 ) -> Mixed:
     """One product after the other, each rounded to the type of u, as the decoder's MLP does."""
-    wide = lambda x, w: jnp.einsum("ri,oi->ro", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    wide = lambda x, w: _dot(x, w.astype(x.dtype))
     times = lambda x, w: wide(x, w).astype(x.dtype)
     outputs = [times(jax.nn.silu(times(u, e.gate)) * times(u, e.up), e.down).astype(jnp.float32) for e in experts]
     return _mix(a.astype(jnp.float32), outputs[0], outputs[1], wide(u, router))
@@ -60,8 +60,8 @@ def _mix(a, e0, e1, g) -> Mixed:
 
 def _dot(x, w):
     """x w^T in float32."""
-    precise = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=precise, preferred_element_type=jnp.float32)
+    how = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, w, how, precision=precision(x), preferred_element_type=jnp.float32)
 
 
 # 2. Kernel: a tile of the inner widths. a, u [R, D]; router [4, D]; gate, up [bf, D], down [D, bf] of both experts

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from ..sharding.rules import Rules, divisible
-from .dispatch import Impl, Kernel, run
+from .dispatch import Impl, Kernel, precision, run
 
 MOST_ROWS = 1 << 24  # of a vocabulary: tokens are compared as float32
 _BUDGET = 50 << 20  # bytes of fast memory that blocks of a kernel may take
@@ -172,9 +172,10 @@ def check_tiles(tiles: LogitTiles, vocab: int, where: str) -> LogitTiles:
     if tiles.token_tile < 1 or tiles.vocab_tile < 1:
         found = f"token_tile={tiles.token_tile}, vocab_tile={tiles.vocab_tile}"
         raise ValueError(f"{where}: {found}; expected at least 1.")
-    if tiles.temperature <= 0 or (tiles.softcap is not None and tiles.softcap <= 0):
+    if not tiles.temperature >= 1e-3 or (tiles.softcap is not None and tiles.softcap <= 0):
+        # Logits over 1e-3 are some 1e4, of which float32 keeps a thousandth: what a probability is known to.
         found = f"temperature={tiles.temperature}, softcap={tiles.softcap}"
-        raise ValueError(f"{where}: {found}; expected numbers above 0.")
+        raise ValueError(f"{where}: {found}; expected a temperature of 0.001 or more, and a softcap above 0.")
     if vocab > MOST_ROWS:
         raise ValueError(f"{where}: a vocabulary of {vocab}; expected at most {MOST_ROWS}.")
     return tiles
@@ -473,9 +474,8 @@ def _dz(rule: Rule, o: LogitTiles, zs, own, column, inside, dtype):
 
 def _dot(x, y, over: tuple[int, int]):
     """Summed over one axis of each, in float32."""
-    precise = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     how = (((over[0],), (over[1],)), ((), ()))
-    return jax.lax.dot_general(x, y, how, precision=precise, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, y, how, precision=precision(x), preferred_element_type=jnp.float32)
 
 
 def _names(spec: PartitionSpec) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, Int8, Int32
 
 from ..sharding.rules import Axis, ways
 from . import qmm_gpu
-from .dispatch import Impl, Kernel, run
+from .dispatch import Impl, Kernel, precision, run
 
 BLOCK = 128  # inputs
 MOST_ROWS = 64  # of x that the kernel serves: decoding and trees; prompts are left to XLA
@@ -186,7 +186,8 @@ def reference(
         rows, step = quantise_activations(rows)
         total = jnp.int32
     rows, table = rows.reshape(-1, M, K // M), codes.astype(rows.dtype).reshape(N, M, K // M)
-    sums = jnp.einsum("bmk,nmk->mbn", rows, table, preferred_element_type=total).astype(jnp.float32)
+    exact = dict(precision=precision(rows), preferred_element_type=total)
+    sums = jnp.einsum("bmk,nmk->mbn", rows, table, **exact).astype(jnp.float32)
     y = jnp.sum(sums * scale.astype(jnp.float32).T[:, None], axis=0)
     y = y if step is None else y * step
     return y.reshape(*x.shape[:-1], N).astype(dtype or x.dtype)
@@ -218,9 +219,8 @@ def _kernel(bits_ref, *refs, widths: tuple[int, ...], master: int | None):
                 own = jax.lax.div(lane, jnp.int32(n // G)) == jax.lax.broadcasted_iota(jnp.int32, lane.shape, 0)
                 x = jnp.where(own, x[None], jnp.zeros_like(x)[None]).reshape(G * B, n)
             contract = (((1,), (1,)), ((), ()))
-            precise = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
             codes = codes.astype(jnp.float32).astype(x.dtype)  # exact: 8 bits at most
-            part = jax.lax.dot_general(x, codes, contract, precision=precise, preferred_element_type=jnp.float32)
+            part = jax.lax.dot_general(x, codes, contract, precision=precision(x), preferred_element_type=jnp.float32)
             sums += part * float(1 << below)
 
     @pl.when(step == 0)
@@ -238,7 +238,7 @@ def _kernel(bits_ref, *refs, widths: tuple[int, ...], master: int | None):
 def _launch(x, planes, scale, bits, o: _Static, interpret: Any = False):
     (B, K), (N, M), widths = x.shape, scale.shape, o.widths
     tile, group = _input_tile(widths, K, M), K // M
-    steps, G = pl.cdiv(K, tile), max(1, tile // group)
+    steps, G = pl.cdiv(K, tile), 1 if M == 1 else max(1, tile // group)  # a tile may be wider than all inputs
     rows = B + -B % (8 if x.dtype == jnp.float32 else 16)  # whole registers
     x = jnp.pad(x, ((0, rows - B), (0, steps * tile - K)))
     fields = lambda w: x.reshape(rows, -1, 32 // w, 4 * w).transpose(2, 0, 1, 3).reshape(32 // w, rows, -1)
@@ -308,7 +308,7 @@ def _plain(x, planes, scale, bits, o: _Static):
     does not do: it is gone when XLA orders what runs.
     """
     first = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x)[:1, :1].astype(jnp.float32), jnp.int32)
-    zero = jnp.minimum(jax.lax.shift_right_logical(first, 31), 0)  # of the sign, 0 or 1
+    zero = jnp.minimum(jax.lax.shift_right_logical(first, jnp.int32(31)), 0)  # of the sign, 0 or 1
     planes = tuple(p + zero.astype(p.dtype) for p in planes) if x.size else planes
     if o.master is not None:
         codes = switch_codes(planes[0], o.master, o.bits or bits)
@@ -330,7 +330,7 @@ def qmm(
 ) -> Float[Array, "*lead N"]:
     """`x @ W^T` for W at `bits` bits.
 
-    The gradient in x is that of the dequantised matrix; codes have none.
+    The gradient in x is that of the dequantised matrix; codes have none, and x that is quantised has none to speak of.
 
     Args:
       x: float32 or bfloat16.

@@ -50,7 +50,8 @@ def _by_halving(z: Float[Array, "b V"], k: Int[Array, "b 1"], p: Float[Array, "b
     kth = _largest(lambda t: count(t) >= k, low, high)
     above = lambda t: jnp.sum(jnp.where(order > t, mass, 0.0), axis=-1, keepdims=True)
     wanted = p * above(kth - 1)
-    cut = jnp.where(p < 1, _largest(lambda t: above(t) >= wanted, kth - 1, high) + 1, kth)
+    cut = _largest(lambda t: above(t) >= wanted, kth - 1, high) + 1
+    cut = jnp.where(p < 1, jnp.minimum(cut, high), kth)  # p times a mass may be 0
     return jax.lax.bitcast_convert_type(_flipped(cut), jnp.float32)
 
 

@@ -4,8 +4,9 @@
 
 A tree's own keys stand in the cache behind the committed rows, so ancestors, committed rows and windows are all one
 mask. The kernel packs it along nodes: bit t % 32 of word t // 32 at row s says whether node t sees row s, 4 bytes a row
-for up to 32 nodes. Rows behind the last that anybody sees are not read. Softmax runs over blocks of rows with a maximum
-that rises; the cache may be cut into parts that are worked through side by side, and merged by their log-sum-exp.
+for up to 32 nodes. It does not fetch blocks behind the last row that anybody sees; what nobody sees has to be finite
+all the same, for 0 times a value that is not would be no number. Softmax runs over blocks of rows with a maximum that
+rises; the cache may be cut into parts that are worked through side by side, and merged by their log-sum-exp.
 
 Rows are floats, or codes of 8 or 4 bits with a scale and a zero for each row of each head (`models/cache.py`): then
 q . k = scale (q . codes) + zero sum(q), and likewise for values, so no row is ever written out as floats.
@@ -26,7 +27,7 @@ from jaxtyping import Array, BFloat16, Bool, Float, Int32, UInt8
 
 from ..sharding.rules import Axis
 from . import tree_attention_gpu
-from .dispatch import Impl, Kernel, run
+from .dispatch import Impl, Kernel, precision, run
 
 MOST_NODES = 64  # of a tree; prompts are left to XLA
 _HIDDEN = -1e30
@@ -79,10 +80,11 @@ def reference(
     (B, T, N, H), K = q.shape, k.shape[2]
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     k, v = (rows.astype(q.dtype).swapaxes(1, 2) for rows in (k, v))  # [B, K, S, H]
-    score = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    product = functools.partial(jnp.einsum, precision=precision(q), preferred_element_type=jnp.float32)
+    score = product("bkgth,bksh->bkgts", q, k) * H**-0.5
     score = score if softcap is None else softcap * jnp.tanh(score / softcap)
     prob = jax.nn.softmax(jnp.where(mask[:, None, None], score, _HIDDEN), axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkgts,bksh->bkgth", prob, v, preferred_element_type=jnp.float32)
+    out = product("bkgts,bksh->bkgth", prob, v)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
 
 
@@ -170,8 +172,8 @@ def _read(refs, bits: int | None, dtype) -> _Block:
 
 
 def _dot(a, b, over: int):
-    precise = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(a, b, (((1,), (over,)), ((), ())), precision=precise, preferred_element_type=jnp.float32)
+    how = (((1,), (over,)), ((), ()))
+    return jax.lax.dot_general(a, b, how, precision=precision(a), preferred_element_type=jnp.float32)
 
 
 # 3. Launch: heads in front of nodes, the mask packed, and blocks up to the last row in use.
@@ -287,8 +289,10 @@ def tree_attention(
             f"tree_attention: q {q.shape}, rows {rows}, mask {mask.shape}; expected [B, T, N, H], [B, S, K, H] with "
             "K dividing N, [B, T, S]."
         )
-    if parts < 1:
-        raise ValueError(f"tree_attention: parts={parts}; expected 1 or more.")
+    if (of_k := jax.tree.map(jnp.shape, k)) != (of_v := jax.tree.map(jnp.shape, v)):
+        raise ValueError(f"tree_attention: k {of_k}, v {of_v}; expected rows that are kept in the same way.")
+    if parts < 1 or (softcap is not None and softcap <= 0):
+        raise ValueError(f"tree_attention: parts={parts}, softcap={softcap}; expected 1 or more, and above 0 or None.")
     mesh = jax.sharding.get_abstract_mesh()
     if layout is not None and mesh.size > 1 and not mesh.are_all_axes_manual:
         own = functools.partial(tree_attention, softcap=softcap, parts=parts, impl=impl)

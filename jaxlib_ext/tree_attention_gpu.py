@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int32
 
+from .dispatch import precision
 from .spread import bytes_of, field_of, halves_of
 
 _HIDDEN = -1e30
@@ -137,8 +138,7 @@ def _sum(terms: list[Array]) -> Array:
 
 
 def _dot(a, b):
-    precise = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.dot(a, b, precision=precise, preferred_element_type=jnp.float32)
+    return jnp.dot(a, b, precision=precision(a), preferred_element_type=jnp.float32)
 
 
 # 2. Launch

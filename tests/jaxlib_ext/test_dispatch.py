@@ -7,7 +7,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxaroo.jaxlib_ext import dispatch
+from jaxaroo.jaxlib_ext.causal_attention import causal_attention
 from jaxaroo.jaxlib_ext.dispatch import IMPLS, Kernel, run
+from jaxaroo.jaxlib_ext.expert_pair import Expert, expert_pair
+from jaxaroo.jaxlib_ext.qmm import qmm
+from jaxaroo.jaxlib_ext.token_kl import token_kl
+from jaxaroo.jaxlib_ext.token_stats import token_stats
+from jaxaroo.jaxlib_ext.tree_attention import tree_attention
 
 TPU, GPU, PLAIN = Kernel(lambda x, interpret: jnp.sin(x)), Kernel(lambda x, interpret: jnp.tan(x)), jnp.cos
 FORMS = {"stablehlo.sine": "tpu", "stablehlo.tan ": "gpu", "stablehlo.cosine": "plain"}
@@ -92,3 +98,31 @@ def test_derivatives_are_those_of_the_plain_form(impl):
     x, dot = jnp.float32(0.3), jnp.float32(2.0)
     np.testing.assert_allclose(jax.jvp(f, (x,), (dot,))[1], -2 * np.sin(0.3), rtol=1e-6)
     np.testing.assert_allclose(jax.jacfwd(jax.grad(f))(x), -np.cos(0.3), rtol=1e-6)
+
+
+def _forms(dtype):
+    """XLA's form of every operation whose kernel multiplies, with its derivatives."""
+    draw = lambda *shape: jnp.ones(shape, dtype)
+    seen, expert = jnp.ones((1, 5, 5), bool), Expert(draw(6, 8), draw(6, 8), draw(8, 6))
+    codes, scale, targets = jnp.ones((6, 8), jnp.int8), jnp.ones((6, 1)), jnp.zeros(3, jnp.int32)
+    rows, heads = (draw(3, 8), draw(7, 8)), (draw(1, 5, 4, 8), draw(1, 5, 2, 8), draw(1, 5, 2, 8))
+    return {
+        "tree": (lambda *qkv: tree_attention(*qkv, seen, impl="xla"), heads),
+        "causal": (lambda *qkv: causal_attention(*qkv, seen), heads),
+        "qmm": (lambda x: qmm(x, codes, scale, bits=4, impl="xla"), rows[:1]),
+        "pair": (lambda u: expert_pair(u, u, draw(4, 8), (expert, expert), impl="xla"), rows[:1]),
+        "stats": (lambda h, w: token_stats(h, w, targets, impl="xla").logp, rows),
+        "kl": (lambda h, w: token_kl(h, w, h * 2, w, impl="xla"), rows),
+    }
+
+
+@pytest.mark.parametrize("name", ["tree", "causal", "qmm", "pair", "stats", "kl"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_float32_is_multiplied_as_float32_in_the_plain_forms_too(name, dtype):
+    """The default of TPUs is one pass of bfloat16, of GPUs TF32: 64 rows and 65 would differ in the third digit."""
+    f, given = _forms(dtype)[name]
+    total = lambda *args: sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(f(*args)))
+    text = jax.jit(jax.value_and_grad(total, argnums=tuple(range(len(given))))).lower(*given).as_text()
+    exact = ["[HIGHEST, HIGHEST]" in line for line in text.splitlines() if "dot_general" in line]
+    assert len(exact) > 1
+    assert all(exact) if dtype == jnp.float32 else not any(exact)

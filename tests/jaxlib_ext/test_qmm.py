@@ -307,6 +307,7 @@ def test_the_gradient_in_x_is_that_of_the_dequantised_matrix():
 # ------------------------------------------------------------------------------------------------------------- kernel
 # B, K, N, M: one tile; K that fills no block; ragged tiles of N and K; groups within a tile, and of several tiles.
 KERNEL = [(1, 256, 40, 1), (3, 200, 24, 1), (2, 4352, 520, 1), (5, 2048, 16, 16), (64, 1152, 9, 9), (2, 8192, 8, 2)]
+NARROW = [(2, 43, 8, 1), (1, 16, 3, 1)]  # K of half a block and less
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "impl"))
@@ -322,7 +323,7 @@ def fast_product(x, codes, scale, bits):
 
 
 @pytest.mark.parametrize(
-    ("shape", "bits"), [*[(shape, 3) for shape in KERNEL], *[(KERNEL[2], bits) for bits in (4, 6, 2, 8, 7, 5)]]
+    ("shape", "bits"), [*[(shape, 3) for shape in KERNEL + NARROW], *[(KERNEL[2], bits) for bits in (4, 6, 2, 8, 7, 5)]]
 )
 @pytest.mark.slow
 def test_the_kernel_is_the_product(shape, bits):

@@ -35,7 +35,7 @@ def test_the_cut_is_that_of_the_sorted_row(rows, impl):
     for scale in (0.1, 3.0, 30.0):
         z = (scale * rng.standard_normal((rows, 300))).astype(np.float32)
         k = rng.choice([0, 1, 2, 17, 299, 300], rows).astype(np.int32)
-        p = rng.choice([1e-6, 0.1, 0.5, 0.9, 0.999, 1.0], rows).astype(np.float32)
+        p = rng.choice([1e-39, 1e-6, 0.1, 0.5, 0.9, 0.999, 1.0], rows).astype(np.float32)
         got = finding(jnp.asarray(z), jnp.asarray(k), jnp.asarray(p), impl=impl)
         np.testing.assert_array_equal(got, np.float32([oracle(*row) for row in zip(z, k, p, strict=True)]))
 
@@ -62,6 +62,13 @@ def test_all_rows_alike_and_a_row_of_one_number():
         np.testing.assert_array_equal(
             finding(z[:, :1], jnp.int32([1, 0, 1]), jnp.float32([0.1, 1, 0.5]), impl=impl), [0, -7, 0]
         )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_likeliest_stays_however_small_its_share_has_to_be(impl):
+    z = jnp.asarray([[1.0, 9.0, 10.0, -2.0]] * 4)
+    p = jnp.float32([1e-37, 1e-39, 1e-45, 0.0])  # a few are no normal numbers, and may be taken for 0
+    np.testing.assert_array_equal(finding(z, jnp.int32([0, 0, 3, 0]), p, impl=impl), [10.0] * 4)
 
 
 def test_nothing_is_sorted():

@@ -227,7 +227,7 @@ def test_shapes_and_settings_that_cannot_be_are_refused():
         args[place % 4] = wrong
         with pytest.raises(ValueError, match=r"expected \[\.\.\., D\], \[V, D\], \[\.\.\., E\], \[V, E\]"):
             token_kl(*args)
-    with pytest.raises(ValueError, match="token_kl: temperature=0, softcap=None; expected numbers above 0"):
+    with pytest.raises(ValueError, match="token_kl: temperature=0, softcap=None; expected a temperature"):
         token_kl(h, w, rh, rw, temperature=0)
     with pytest.raises(ValueError, match="token_kl: token_tile=0, vocab_tile=4096; expected at least 1"):
         token_kl(h, w, rh, rw, token_tile=0)

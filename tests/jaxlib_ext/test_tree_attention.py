@@ -121,8 +121,12 @@ def test_shapes_and_names_that_mean_nothing_are_refused():
         tree_attention(q, k, v, mask[..., 1:])
     with pytest.raises(ValueError, match="K dividing N"):
         tree_attention(q[:, :, :3], k, v, mask)
-    with pytest.raises(ValueError, match="parts=0; expected 1 or more"):
+    with pytest.raises(ValueError, match=r"k \(1, 40, 2, 8\), v \(1, 40, 1, 8\); expected rows that are"):
+        tree_attention(q, k, v[:, :, :1], mask)
+    with pytest.raises(ValueError, match="parts=0, softcap=None; expected 1 or more"):
         tree_attention(q, k, v, mask, parts=0)
+    with pytest.raises(ValueError, match="softcap=0"):
+        tree_attention(q, k, v, mask, softcap=0.0)
     with pytest.raises(ValueError, match="impl='cuda'; expected"):
         tree_attention(q, k, v, mask, impl="cuda")
     many = lambda x: jnp.tile(x, (1, 22, *(1 for _ in x.shape[2:])))
