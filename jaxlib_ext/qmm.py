@@ -186,8 +186,8 @@ def reference(
         rows, step = quantise_activations(rows)
         total = jnp.int32
     rows, table = rows.reshape(-1, M, K // M), codes.astype(rows.dtype).reshape(N, M, K // M)
-    exact = dict(precision=precision(rows), preferred_element_type=total)
-    sums = jnp.einsum("bmk,nmk->mbn", rows, table, **exact).astype(jnp.float32)
+    how: Any = dict(precision=precision(rows), preferred_element_type=total)
+    sums = jnp.einsum("bmk,nmk->mbn", rows, table, **how).astype(jnp.float32)
     y = jnp.sum(sums * scale.astype(jnp.float32).T[:, None], axis=0)
     y = y if step is None else y * step
     return y.reshape(*x.shape[:-1], N).astype(dtype or x.dtype)
