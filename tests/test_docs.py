@@ -32,11 +32,11 @@ ROWS = {
     "problems attempts questions question": [{"prompt": "What is 1 + 1?", "answer": "2"}] * 2,
     "solutions labels kept weak outcomes held-out scored": [STEPS | {"labels": [1, label]} for label in (0, 1)],
     "pairs": [{"prompt": "p", "chosen": "c", "rejected": "r"}] * 2,
-    "unpaired labelled answers": [{"prompt": "p", "completion": "c", "label": label} for label in (True, False)],
+    "unpaired labelled answers": [{"prompt": p, "completion": "c", "label": p == "p"} for p in "pq"],
     "ranked": [{"prompt": "p", "responses": [{"completion": c, "rating": i} for i, c in enumerate("ab")]}] * 2,
     "code_tests": [CODES] * 2,
     "unlearn": [FORGET | {"split": split} for split in ("forget", "retain")],
-    "texts": [{"text": "t", "label": label} for label in (0, 1)],
+    "texts": [{"text": f"t {label}", "label": label} for label in (0, 1)],
 }
 
 
