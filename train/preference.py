@@ -48,8 +48,7 @@ from .objectives.sequences import View, all_sums, count_examples, sequence_value
 from .objectives.simpo import SimpoConfig
 from .objectives.sparsepo import SparsepoConfig
 from .objectives.unlearn import UnlearnConfig, answers_of
-from .optimizer import OptimizerConfig
-from .optimizer import make_optimizer as make_optimizer_of
+from .optimizer import OptimizerConfig, make_optimizer
 from .other_rows import Examples, ForgetAndRetain, Mismatched
 from .references import COLUMN
 from .step import Advance, LossFn, Metrics, Term
@@ -296,10 +295,10 @@ def trainable_parts(config: DecoderConfig, options: PreferenceOptions, lora: Lor
     )
 
 
-def make_optimizer(options: PreferenceOptions, settings: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def optimizer_of(options: PreferenceOptions, settings: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The usual one; an objective's own network has a weight decay of its own."""
     network = objective_of(options).network(settings_of(options))
-    return make_optimizer_of(settings, steps, {} if network is None else {"network": network.weight_decay})
+    return make_optimizer(settings, steps, {} if network is None else {"network": network.weight_decay})
 
 
 def make_loss(
@@ -322,7 +321,7 @@ def make_loss(
     objective, cfg = objective_of(options), settings_of(options)
     parts, reads = objective.parts(cfg), objective.reads(cfg)
     squares, owns = getattr(cfg, "wpo", False), objective.carry(cfg) is not None
-    judged = objective.layout in ("pairs", "unpaired")
+    sides = objective.layout in ("pairs", "unpaired")
     states = tuple(range(1, config.num_layers + 1)) if objective.collect else ()
     ids = belief_ids(tokenizer) if objective.layout == "beliefs" and tokenizer is not None else None
 
@@ -330,7 +329,7 @@ def make_loss(
         del key  # nothing is random here
         score = lambda weights, **more: score_targets(config, weights, batch, rules=rules, remat=remat, **more)
         asked = dict(wanted=objective.wanted(batch, cfg), still=objective.still(batch, cfg))
-        policy = score(params["policy"], squares=squares, mean_logits=judged, **asked)
+        policy = score(params["policy"], squares=squares, mean_logits=sides, **asked)
         weights, reference = None, None
         if reference_of(options) in ("frozen", "mixed"):
             weights = params["reference"] if "reference" in params else carry["reference"]

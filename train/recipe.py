@@ -572,7 +572,7 @@ RECIPES = {
         parts=lambda options: preference.objective_of(options).parts(preference.settings_of(options)),
         more=preference.number_names,
         scored=_scored,
-        optimizer=lambda origin, options, settings, steps: preference.make_optimizer(options, settings, steps),
+        optimizer=lambda origin, options, settings, steps: preference.optimizer_of(options, settings, steps),
         check_start=lambda origin, options, metrics: preference.check_start(options, origin.config.dtype, metrics),
     ),
 }

@@ -149,9 +149,9 @@ class RlConfig:
                 raise ValueError(f"RlConfig.{name}: found {getattr(self, name)}; expected at least {low}.")
         if not 0 <= self.hang_seconds < math.inf:
             raise ValueError(f"RlConfig.hang_seconds: found {self.hang_seconds}; expected 0 (never) or seconds.")
-        if not 0 < self.temperature < math.inf:
+        if not 1e-3 <= self.temperature < math.inf:
             raise ValueError(
-                f"RlConfig.temperature: found {self.temperature}; expected above 0: answers have to differ."
+                f"RlConfig.temperature: found {self.temperature}; expected 0.001 or more: answers have to differ, and float32 to tell them apart."
             )
         if self.max_new_tokens >= self.max_length:
             found = f"max_new_tokens={self.max_new_tokens}, max_length={self.max_length}"

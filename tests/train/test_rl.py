@@ -327,7 +327,7 @@ def test_what_does_not_fit_together_is_refused(model, tmp_path, changes, options
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(temperature=0.0), "temperature: found 0.0; expected above 0"),
+        (dict(temperature=0.0), "temperature: found 0.0; expected 0.001 or more"),
         (dict(max_new_tokens=16), "max_new_tokens=16, max_length=16; expected room for a prompt"),
         *(
             (dict.fromkeys([name], 0), f"{name}: found 0; expected at least 1")

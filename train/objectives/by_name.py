@@ -29,6 +29,7 @@ from .sequences import (
     sequence_value,
     side,
 )
+from .sft import token_metrics
 
 Reads = Literal["nothing", "sums", "tokens", "kl"]  # of the reference: sums may be written down beforehand
 
@@ -445,9 +446,7 @@ def _known(sums: Sums) -> Array:
 
 
 def _of_tokens(view: View) -> dict[str, Term]:
-    found = {"entropy": view.policy.entropy, "mean_token_accuracy": view.policy.greedy}
-    ones = view.batch.mask.astype(jnp.float32)
-    return {name: Term(value, ones, "token") for name, value in found.items() if value is not None}
+    return token_metrics(view.policy, view.batch)
 
 
 def _of_rows(view: View) -> dict[str, Term]:

@@ -6,6 +6,8 @@ The sum runs over the tokens of completions, end tokens included; w is the weigh
 otherwise. The count is that of the whole window, so a long completion weighs more than a short one, as in TRL.
 """
 
+import jax.numpy as jnp
+
 from ...models.decoder import DecoderConfig, Params, Remat
 from ...sharding.rules import REPLICATED, Rules
 from ..data.pipeline import Batch
@@ -14,14 +16,16 @@ from .logprobs import Scores, score_targets
 
 
 def sft(policy: Scores, batch: Batch) -> tuple[Terms, Terms]:
-    """Terms and metrics; `nll` is in nats a token, `entropy` what the model spreads over the next token.
+    """Terms and metrics; `nll` is in nats a token."""
+    return {"nll": Term(-policy.logp, batch.weights, "token")}, token_metrics(policy, batch)
 
-    `mean_token_accuracy` is the share of tokens that it would have written itself.
-    """
-    ones = batch.mask.astype(policy.entropy.dtype)
+
+def token_metrics(policy: Scores, batch: Batch) -> dict[str, Term]:
+    """Means over tokens that count: `entropy`, what the model spreads over the next one, in nats; and, under TRL's
+    name, `mean_token_accuracy`, the share that it would have written itself, where that is known."""
+    ones = batch.mask.astype(jnp.float32)
     found = {"entropy": policy.entropy, "mean_token_accuracy": policy.greedy}
-    metrics = {name: Term(value, ones, "token") for name, value in found.items() if value is not None}
-    return {"nll": Term(-policy.logp, batch.weights, "token")}, metrics
+    return {name: Term(value, ones, "token") for name, value in found.items() if value is not None}
 
 
 def make_loss(cfg: DecoderConfig, *, rules: Rules = REPLICATED, remat: Remat = "none") -> LossFn:
