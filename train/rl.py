@@ -151,7 +151,8 @@ class RlConfig:
             raise ValueError(f"RlConfig.hang_seconds: found {self.hang_seconds}; expected 0 (never) or seconds.")
         if not 1e-3 <= self.temperature < math.inf:
             raise ValueError(
-                f"RlConfig.temperature: found {self.temperature}; expected 0.001 or more: answers have to differ, and float32 to tell them apart."
+                f"RlConfig.temperature: found {self.temperature}; expected 0.001 or more: answers have to differ, and "
+                "float32 to tell them apart."
             )
         if self.max_new_tokens >= self.max_length:
             found = f"max_new_tokens={self.max_new_tokens}, max_length={self.max_length}"
