@@ -64,13 +64,22 @@ class LogitTiles(NamedTuple):
     temperature: float
 
 
+class Rows(NamedTuple):
+    """Which rows of the head a tile is about."""
+
+    number: Float[Array, "1 c_v"]
+    inside: Bool[Array, "1 c_v"]  # those that there are, and that no earlier tile has had
+    logit_of: Callable[[Float[Array, "c_t c_v"], Float[Array, "c_t 1"]], Float[Array, "c_t 1"]]  # one row's for every
+    # token, 0 where it is not inside
+
+
 class Rule(NamedTuple):
     """An operation on logits. Its functions get a tile of each stream, `[c_t, c_v]`, columns of what belongs to every
-    token, `[c_t, 1]`, and which tokens of the vocabulary a tile is about, `[1, c_v]`, float32."""
+    token, `[c_t, 1]`, and which rows of the head the tile is about."""
 
     begin: tuple[float, ...]  # what the sums of a token are before the first tile
-    add: Callable[[_Sums, tuple[Array, ...], tuple[Array, ...], Array, Array], _Sums]  # the last: which are inside
-    derivative: Callable[[tuple[Array, ...], tuple[Array, ...], Array], Array]  # linear in cotangents
+    add: Callable[[_Sums, tuple[Array, ...], tuple[Array, ...], Rows], _Sums]
+    derivative: Callable[[tuple[Array, ...], tuple[Array, ...], Rows], Array]  # linear in cotangents
 
 
 # 1. What the operations call.
@@ -248,12 +257,12 @@ def _sweep_loops(rule: Rule, o: LogitTiles, streams, own, number):
     nt, c_t = cut[0][0].shape[:2]
 
     def over_vocab(sums, j):
-        column, inside, ws = _rows(streams, j, o)
+        rows, _, ws = _rows(streams, j, o)
 
         def over_tokens(i, sums):
             (hs, own), old = jax.tree.map(lambda x: x[i], (cut, sums))
             zs = tuple(logits_tile(h, w, o) for h, w in zip(hs, ws, strict=True))
-            new = rule.add(old, zs, own, column, inside)
+            new = rule.add(old, zs, own, rows)
             return jax.tree.map(lambda all, one: all.at[i].set(one), sums, new)
 
         return jax.lax.fori_loop(0, _used(number, N, c_t), over_tokens, sums), None
@@ -270,20 +279,19 @@ def _gradient_loops(rule: Rule, o: LogitTiles, streams, own, number):
 
     def over_vocab(carry, j):
         dhidden, dhead = carry
-        column, inside, ws = _rows(streams, j, o)
+        rows, start, ws = _rows(streams, j, o)
 
         def over_tokens(i, carry):
             dw, dhidden = carry
             hs, own = jax.tree.map(lambda x: x[i], cut)
             zs = tuple(logits_tile(h, w, o) for h, w in zip(hs, ws, strict=True))
-            dz = _dz(rule, o, zs, own, column, inside, hs[0].dtype)
-            return dw + _dot(dz, hs[0], (0, 0)), dhidden.at[i].add(_dot(dz, ws[0], (1, 0)))
+            dz = _dz(rule, o, zs, own, rows, hs[0].dtype)
+            return dw + _dot(hs[0], dz, (0, 0)), dhidden.at[i].add(_dot(dz, ws[0], (1, 0)))
 
-        begin = jnp.zeros((o.vocab_tile, D), jnp.float32), dhidden
+        begin = jnp.zeros((D, o.vocab_tile), jnp.float32), dhidden  # its transpose would be slower on a CPU
         dw, dhidden = jax.lax.fori_loop(0, _used(number, N, o.token_tile), over_tokens, begin)
-        start = jnp.minimum(j * o.vocab_tile, V - o.vocab_tile)
         old = jax.lax.dynamic_slice_in_dim(dhead, start, o.vocab_tile)
-        dw = jnp.where(inside.T, dw.astype(head.dtype), old)
+        dw = jnp.where(rows.inside.T, dw.T.astype(head.dtype), old)
         return (dhidden, jax.lax.dynamic_update_slice_in_dim(dhead, dw, start, 0)), None
 
     begin = (jnp.zeros(cut[0][0].shape, jnp.float32), jnp.zeros_like(head))
@@ -307,13 +315,20 @@ def _cut(streams, own, o: LogitTiles):
 
 
 def _rows(streams, j, o: LogitTiles):
-    """Tile j of the heads, its tokens, and which of them no earlier tile has had: the last is moved back to fit."""
+    """Which rows tile j of the heads is about, where it starts, and the rows: the last is moved back to fit."""
     first = j * o.vocab_tile
     start = jnp.minimum(first, streams[0][1].shape[0] - o.vocab_tile)
-    column = (start + jnp.arange(o.vocab_tile))[None]
+    number = (start + jnp.arange(o.vocab_tile))[None]
     ws = tuple(jax.lax.dynamic_slice_in_dim(head, start, o.vocab_tile) for _, head in streams)
     even = streams[0][1].shape[0] % o.vocab_tile == 0  # then the compiler need not ask, nor write down what it selects
-    return column.astype(jnp.float32), jnp.ones_like(column, bool) if even else column >= first, ws
+    inside = jnp.ones_like(number, bool) if even else number >= first
+
+    def logit_of(z, row):  # fetched: XLA would write down a tile to sum over
+        at = row.astype(jnp.int32) - start
+        here = (at >= first - start) & (at < o.vocab_tile)
+        return jnp.where(here, jnp.take_along_axis(z, jnp.where(here, at, 0), axis=1), 0.0)
+
+    return Rows(number.astype(jnp.float32), inside, logit_of), start, ws
 
 
 # 4. Kernels.
@@ -328,8 +343,8 @@ def _sweep_kernel(used_ref, own_ref, *refs, rule: Rule, o: LogitTiles, V: int, n
 
     @pl.when(pl.program_id(0) < used_ref[0])
     def _():
-        zs, own, column, inside = _tile(own_ref, refs[: 2 * n], o, V, pl.program_id(1))
-        new = rule.add(tuple(ref[...] for ref in sums), zs, own, column, inside)
+        zs, own, rows = _tile(own_ref, refs[: 2 * n], o, V, pl.program_id(1))
+        new = rule.add(tuple(ref[...] for ref in sums), zs, own, rows)
         for sum_ref, x in zip(sums, new, strict=True):
             sum_ref[...] = x
 
@@ -344,8 +359,8 @@ def _dhidden_kernel(used_ref, own_ref, *refs, rule: Rule, o: LogitTiles, V: int,
 
     @pl.when(pl.program_id(0) < used_ref[0])
     def _():
-        zs, own, column, inside = _tile(own_ref, refs[: 2 * n], o, V, j)
-        dz = _dz(rule, o, zs, own, column, inside, h_ref.dtype)
+        zs, own, rows = _tile(own_ref, refs[: 2 * n], o, V, j)
+        dz = _dz(rule, o, zs, own, rows, h_ref.dtype)
         row = j * w_ref.shape[0] + jax.lax.broadcasted_iota(jnp.int32, (w_ref.shape[0], 1), 0)
         w = jnp.where(row < V, w_ref[...], jnp.zeros_like(w_ref))  # behind the end may be anything, and 0 NaN is NaN
         dh_ref[...] += _dot(dz, w, (1, 0))
@@ -361,8 +376,8 @@ def _dhead_kernel(used_ref, own_ref, *refs, rule: Rule, o: LogitTiles, V: int, n
 
     @pl.when(i < used_ref[0])
     def _():
-        zs, own, column, inside = _tile(own_ref, refs[: 2 * n], o, V, pl.program_id(0))
-        dz = _dz(rule, o, zs, own, column, inside, h_ref.dtype)
+        zs, own, rows = _tile(own_ref, refs[: 2 * n], o, V, pl.program_id(0))
+        dz = _dz(rule, o, zs, own, rows, h_ref.dtype)
         sum_ref[...] += _dot(dz, h_ref[...], (0, 0))
 
     @pl.when(i == pl.num_programs(1) - 1)
@@ -371,11 +386,12 @@ def _dhead_kernel(used_ref, own_ref, *refs, rule: Rule, o: LogitTiles, V: int, n
 
 
 def _tile(own_ref, refs, o: LogitTiles, V: int, j):
-    """Logits of every stream, columns of what belongs to tokens, and which tokens there are of the vocabulary."""
+    """Logits of every stream, columns of what belongs to tokens, and which rows of the head they are about."""
     zs = tuple(logits_tile(h[...], w[...], o) for h, w in zip(refs[::2], refs[1::2], strict=True))
     own = tuple(own_ref[:, i : i + 1] for i in range(own_ref.shape[1]))
-    column = j * refs[1].shape[0] + jax.lax.broadcasted_iota(jnp.int32, (1, refs[1].shape[0]), 1)
-    return zs, own, column.astype(jnp.float32), column < V
+    number = j * refs[1].shape[0] + jax.lax.broadcasted_iota(jnp.int32, (1, refs[1].shape[0]), 1)
+    number, inside = number.astype(jnp.float32), number < V
+    return zs, own, Rows(number, inside, lambda z, row: total(jnp.where((number == row) & inside, z, 0.0)))
 
 
 # 5. Launch
@@ -467,9 +483,9 @@ def _used(number: Any, N: int, c_t: int) -> Any:
     return -(-(N if number is None else number) // c_t)
 
 
-def _dz(rule: Rule, o: LogitTiles, zs, own, column, inside, dtype):
-    """The derivative by raw logits of the first stream, 0 where there is no such token."""
-    return jnp.where(inside, rule.derivative(zs, own, column) * slope_at(zs[0], o), 0.0).astype(dtype)
+def _dz(rule: Rule, o: LogitTiles, zs, own, rows: Rows, dtype):
+    """The derivative by raw logits of the first stream, 0 where there is no such row."""
+    return jnp.where(rows.inside, rule.derivative(zs, own, rows) * slope_at(zs[0], o), 0.0).astype(dtype)
 
 
 def _dot(x, y, over: tuple[int, int]):

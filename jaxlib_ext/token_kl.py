@@ -23,6 +23,7 @@ from .dispatch import Impl
 from .logit_tiles import (
     Layout,
     LogitTiles,
+    Rows,
     Rule,
     check_tiles,
     choose,
@@ -101,16 +102,16 @@ class _Static(NamedTuple):
     impl: Impl
 
 
-def _add(sums, zs, own, column, inside):
+def _add(sums, zs, own, rows: Rows):
     """m and s of the policy, m, s and q of the reference."""
     (m, s, ref_m, ref_s, q), (z, ref_z) = sums, zs
-    m, shrink, e = rise(m, z, inside)
-    ref_m, ref_shrink, ref_e = rise(ref_m, ref_z, inside)
-    apart = total(jnp.where(inside, ref_e * (ref_z - z), 0.0))
+    m, shrink, e = rise(m, z, rows.inside)
+    ref_m, ref_shrink, ref_e = rise(ref_m, ref_z, rows.inside)
+    apart = total(jnp.where(rows.inside, ref_e * (ref_z - z), 0.0))
     return m, s * shrink + total(e), ref_m, ref_s * ref_shrink + total(ref_e), q * ref_shrink + apart
 
 
-def _derivative(zs, own, column):
+def _derivative(zs, own, rows: Rows):
     lse, ref_lse, g = own
     return g * (jnp.exp(zs[0] - lse) - jnp.exp(zs[1] - ref_lse))
 

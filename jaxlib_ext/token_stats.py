@@ -26,6 +26,7 @@ from .dispatch import Impl
 from .logit_tiles import (
     Layout,
     LogitTiles,
+    Rows,
     Rule,
     check_tiles,
     choose,
@@ -120,12 +121,12 @@ class _Static(NamedTuple):
     impl: Impl
 
 
-def _add(sums, zs, own, column, inside):
+def _add(sums, zs, own, rows: Rows):
     """m, s, the target's logit, e, and where it is asked for the sum of exp(z - m)^2."""
     (old, s, g, e, *ss), z = sums, zs[0]
-    m, shrink, p = rise(old, z, inside)
-    g = g + total(jnp.where((column == own[0]) & inside, z, 0.0))
-    e = _moved(e, s, old - m, shrink) + total(jnp.where(inside, p * (z - m), 0.0))
+    m, shrink, p = rise(old, z, rows.inside)
+    g = g + rows.logit_of(z, own[0])
+    e = _moved(e, s, old - m, shrink) + total(jnp.where(rows.inside, p * (z - m), 0.0))
     return m, s * shrink + total(p), g, e, *(x * shrink * shrink + total(p * p) for x in ss)
 
 
@@ -134,11 +135,11 @@ def _moved(e, s, by, shrink):
     return (e + jnp.where(s > 0, s * by, 0.0)) * shrink
 
 
-def _derivative(zs, own, column):
+def _derivative(zs, own, rows: Rows):
     y, lse, entropy, a, b, c = own
     logp = zs[0] - lse
     p = jnp.exp(logp)
-    return a * ((column == y).astype(jnp.float32) - p) + b * p - c * p * (logp + entropy)
+    return a * ((rows.number == y).astype(jnp.float32) - p) + b * p - c * p * (logp + entropy)
 
 
 _BEGIN = (-jnp.inf, 0.0, 0.0, 0.0, 0.0)
