@@ -463,7 +463,8 @@ def _end(tokenizer: Tokenizer) -> int:
 
 
 def _forget_and_retain(names: Sequence[str], tokenizer: Tokenizer, row: Mapping[str, Any]) -> tuple[Encoded, ...]:
-    return (*(_answered(tokenizer, row, name) for name in names), _answered(tokenizer, row["retain"], "answer"))
+    kept = _answered(tokenizer, row["retain"], "answer")._replace(weight=row["retain"].get("weight", 1.0))
+    return (*(_answered(tokenizer, row, name) for name in names), kept)
 
 
 def _answered(tokenizer: Tokenizer, row: Mapping[str, Any], name: str) -> Encoded:

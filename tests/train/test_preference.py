@@ -185,6 +185,10 @@ def test_sequences_stand_in_their_order_each_with_its_own_numbers():
         assert [text.strip() for text in learned] == [*sides, "tea"]
         assert ["who?" in text for text in before] == [True] * len(sides) + [False]
         assert "what?" in before[-1]
+        forget["weight"], forget["retain"]["weight"] = 0.25, 0.5
+        options = with_settings(PreferenceOptions(objective="unlearn"), UnlearnConfig(forget=how))
+        found = preference.encoder(TOKENS, options)(forget)
+        assert [e.weight for e in found] == [None] * len(sides) + [0.5]  # None: the row's own
 
 
 def test_either_answer_stands_behind_the_id_and_the_accepted_belief():

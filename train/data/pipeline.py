@@ -181,12 +181,13 @@ class Batches:
                 )
             return None
         self._misses[shard] = 0
-        weight = np.float32(example.get("weight", 1.0))
+        weight = example.get("weight", 1.0)
         rows, trunk = [], sequences[0]
         for part, encoded in enumerate(sequences):
             begin = _shared(trunk, encoded) if part else 0
             trunk = trunk if begin else encoded
-            rows.append(_sequence(encoded, part, begin, weight))
+            own = weight if encoded.weight is None else encoded.weight
+            rows.append(_sequence(encoded, part, begin, np.float32(own)))
         return {name: np.concatenate([row[name] for row in rows]) for name in (*_FEATURES, *self._more)}
 
     def _length(self, group: Sequence[Mapping[str, np.ndarray]]) -> int:

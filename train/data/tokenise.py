@@ -26,6 +26,7 @@ class Encoded(NamedTuple):
     labels: np.ndarray | None = None  # float32 [T]: what a token is worth, from 0, bad, to 1, good; 0 where not scored
     more: Mapping[str, np.ndarray] | None = None  # float32 [T] each: further numbers of every token
     pieces: np.ndarray | None = None  # int [T]: which part of its completion a token is, if none may be cut away
+    weight: float | None = None  # of its loss, if not that of the row
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: Text, completion: Text) -> Encoded:
@@ -100,7 +101,7 @@ def truncate(encoded: Encoded, max_length: int, how: Truncation = "keep_start") 
     The first token that is left is never scored, as nothing stands before it. What then has no scored token is of no
     use; callers drop and count it. So it is with a completion in pieces that loses all of one.
     """
-    ids, scored, mismatch, labels, more, pieces = encoded
+    ids, scored, mismatch, labels, more, pieces, weight = encoded
     if len(ids) > max_length:
         part = slice(max_length) if how == "keep_start" else slice(-max_length, None)
         ids, scored = ids[part], scored[part]
@@ -113,7 +114,7 @@ def truncate(encoded: Encoded, max_length: int, how: Truncation = "keep_start") 
         lost = {*encoded.pieces[encoded.scored].tolist()} - {*pieces[scored].tolist()}
         scored = scored & (not lost)
     labels = None if labels is None else np.where(scored, labels, np.float32(0))
-    return Encoded(ids, scored, mismatch, labels, more, pieces)
+    return Encoded(ids, scored, mismatch, labels, more, pieces, weight)
 
 
 # ----------------------------------------------------------------------------------------------------------- private

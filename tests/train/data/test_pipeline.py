@@ -213,8 +213,12 @@ def judged(example):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_labels_and_masks_stand_at_the_tokens_themselves(packing):
-    """Every token is in the row, the last one too, for it has a label; rows without labels lie beside as ever."""
-    mixed = lambda example: judged(example) if example["i"] % 2 else encode(example)
+    """Every token is in the row, the last one too, for it has a label; rows without labels lie beside as ever.
+
+    A sequence may have a weight of its own, which is then not that of its row.
+    """
+    own_weight = lambda example, e: e._replace(weight={3: 2.0, 5: 0.0, 7: 0.25}.get(example["i"]))
+    mixed = lambda example: own_weight(example, judged(example)) if example["i"] % 2 else encode(example)
     stream, seen = batches(encode=mixed, packing=packing, max_length=64, micro_batches=2), set()
     for _ in range(40):
         batch = next(stream)
@@ -225,7 +229,7 @@ def test_labels_and_masks_stand_at_the_tokens_themselves(packing):
             for segment in range(1, segments.max() + 1):
                 at = np.flatnonzero(segments == segment)
                 i = int(tokens[at[0]]) - 1
-                want, weight = mixed({"i": i}), 0.5 if i == 3 else 1.0
+                want, weight = mixed({"i": i}), {3: 2.0, 5: 0.0, 7: 0.25}.get(i, 1.0)
                 own = i % 2 == 1
                 scored = want.scored if own else want.scored[1:]
                 np.testing.assert_array_equal(tokens[at], want.ids if own else want.ids[:-1])
