@@ -193,4 +193,6 @@ def test_devices_score_their_own_tokens_and_nobody_elses(shape):
     vocab = cfg.vocab_size // mesh.shape["tensor"]
     tokens = batch.tokens.size // ways
     made = set(re.findall(rf"f32\[(\d+),{min(4096, vocab)}\]\S* dot\(", text))
-    assert made == {str(tokens)}  # tiles of logits: tokens of one device, rows of one part of the vocabulary
+    # Tiles of logits: tokens of one device, rows of one part of the vocabulary; and the gradient of such rows.
+    assert made == {str(tokens), str(cfg.embed_dim)}
+    assert tokens != cfg.embed_dim
