@@ -51,6 +51,8 @@ def causal_attention(
 # ----------------------------------------------------------------------------------------------------------- private
 def _forward(q, k, v, mask, whole):
     K, parts = k.shape[2], []
+    if not q.shape[1]:
+        raise ValueError(f"causal_attention: q {q.shape}; expected at least one row.")
     for a, b in _blocks(q.shape[1], whole):
         keys, values = (_by_head(rows[:, :b].astype(q.dtype)) for rows in (k, v))
         z = _scores(_by_group(q[:, a:b], K), keys, mask[:, a:b, :b])

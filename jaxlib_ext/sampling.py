@@ -107,8 +107,9 @@ def cut(
       p: which part of the probability of those; 1 keeps all.
       impl: as `dispatch.run` takes it, xla being the same halving; sort is the reference.
     """
-    if z.ndim != 2 or z.dtype != jnp.float32 or not k.shape == p.shape == z.shape[:1]:
-        raise ValueError(f"cut: z {z.dtype}{z.shape}, k {k.shape}, p {p.shape}; expected float32 [B, V], [B], [B].")
+    if z.ndim != 2 or z.dtype != jnp.float32 or not k.shape == p.shape == z.shape[:1] or not z.shape[1]:
+        found = f"z {z.dtype}{z.shape}, k {k.shape}, p {p.shape}"
+        raise ValueError(f"cut: {found}; expected float32 [B, V], [B], [B], and V at least 1.")
     if impl == "sort":
         return reference(z, k, p)
     plain = lambda z, k, p: _by_halving(z, k[:, None], p[:, None])[:, 0]

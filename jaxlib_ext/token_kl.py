@@ -86,10 +86,12 @@ def token_kl(
     """
     shapes = [x.shape for x in (hidden, head, ref_hidden, ref_head)]
     fits = len(shapes[1]) == len(shapes[3]) == 2 and all(a[-1] == b[1] for a, b in (shapes[:2], shapes[2:]))
+    names = ("hidden", "head", "ref_hidden", "ref_head")
+    found = ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes, strict=True))
     if not fits or shapes[0][:-1] != shapes[2][:-1] or shapes[1][0] != shapes[3][0]:
-        names = ("hidden", "head", "ref_hidden", "ref_head")
-        found = ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes, strict=True))
         raise ValueError(f"token_kl: {found}; expected [..., D], [V, D], [..., E], [V, E].")
+    if any(0 in shape for shape in shapes):
+        raise ValueError(f"token_kl: {found}; expected something of each.")
     if mask is not None and mask.shape != hidden.shape[:-1]:
         raise ValueError(f"token_kl: mask {mask.shape}, hidden {hidden.shape}; expected one for each token.")
     tiles = check_tiles(LogitTiles(token_tile, vocab_tile, scale, softcap, temperature), head.shape[0], "token_kl")

@@ -108,6 +108,8 @@ def token_stats(
     if hidden.shape[:-1] != targets.shape or head.ndim != 2 or hidden.shape[-1] != head.shape[1]:
         found = f"hidden {hidden.shape}, head {head.shape}, targets {targets.shape}"
         raise ValueError(f"token_stats: {found}; expected [..., D], [V, D], [...].")
+    if 0 in (*hidden.shape, *head.shape):
+        raise ValueError(f"token_stats: hidden {hidden.shape}, head {head.shape}; expected something of each.")
     if mask is not None and mask.shape != targets.shape:
         raise ValueError(f"token_stats: mask {mask.shape}, targets {targets.shape}; expected the same.")
     tiles = check_tiles(LogitTiles(token_tile, vocab_tile, scale, softcap, temperature), head.shape[0], "token_stats")

@@ -132,3 +132,10 @@ def test_gradients_leave_scores_as_they_lie():
     sizes = [int(np.prod([int(n) for n in line.split("[")[1].split("]")[0].split(",") if n])) for line in lines]
     assert lines
     assert max(sizes) <= q.size < 2 * 4 * 128 * 128
+
+
+@pytest.mark.errors
+def test_no_rows_are_refused():
+    q, k, v, mask, _ = made(4)
+    with pytest.raises(ValueError, match=r"causal_attention: q \(2, 0, 4, 4\); expected at least one row"):
+        causal_attention(q[:, :0], k[:, :0], v[:, :0], mask[:, :0, :0])

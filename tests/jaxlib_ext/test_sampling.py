@@ -82,6 +82,8 @@ def test_what_does_not_fit_together_is_refused():
     z, k, p = jnp.zeros((2, 8)), jnp.zeros(2, jnp.int32), jnp.ones(2)
     with pytest.raises(ValueError, match=r"cut: z float32\(2, 8\), k \(1,\), p \(2,\); expected float32 \[B, V\]"):
         cut(z, k[:1], p)
+    with pytest.raises(ValueError, match=r"cut: z float32\(2, 0\).*V at least 1"):
+        cut(z[:, :0], k, p)
     with pytest.raises(ValueError, match="cut: z bfloat16"):
         cut(z.astype(jnp.bfloat16), k, p)
     with pytest.raises(ValueError, match="cut: impl='radix'; expected one of auto"):

@@ -227,6 +227,9 @@ def test_shapes_and_settings_that_cannot_be_are_refused():
         args[place % 4] = wrong
         with pytest.raises(ValueError, match=r"expected \[\.\.\., D\], \[V, D\], \[\.\.\., E\], \[V, E\]"):
             token_kl(*args)
+    for nothing in ([h[:0], w, rh[:0], rw], [h, w[:0], rh, rw[:0]], [h, w, rh[:, :0], rw[:, :0]]):
+        with pytest.raises(ValueError, match=r"token_kl: hidden .*; expected something of each"):
+            token_kl(*nothing)
     with pytest.raises(ValueError, match="token_kl: temperature=0, softcap=None; expected a temperature"):
         token_kl(h, w, rh, rw, temperature=0)
     with pytest.raises(ValueError, match="token_kl: token_tile=0, vocab_tile=4096; expected at least 1"):

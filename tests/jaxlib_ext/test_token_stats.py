@@ -212,6 +212,9 @@ def test_shapes_and_settings_that_cannot_be_are_refused():
         token_stats(h[:, :-1], w, y)
     with pytest.raises(ValueError, match=r"mask \(36,\), targets \(37,\)"):
         token_stats(h, w, y, jnp.ones(N - 1, bool))
+    for nothing in ([h[:0], w, y[:0]], [h, w[:0], y], [h[:, :0], w[:, :0], y]):
+        with pytest.raises(ValueError, match=r"token_stats: hidden \(\d+, \d+\), head .* expected something of each"):
+            token_stats(*nothing)
     with pytest.raises(ValueError, match="temperature=0"):
         token_stats(h, w, y, temperature=0)
     with pytest.raises(ValueError, match="softcap=-1"):
