@@ -65,12 +65,14 @@ class LogitTiles(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Which rows of the head a tile is about."""
+    """Which rows of the head a tile is about.
+
+    `logit_of` takes a tile of logits and a row for every token, and gives its logit, 0 where the row is not inside.
+    """
 
     number: Float[Array, "1 c_v"]
     inside: Bool[Array, "1 c_v"]  # those that there are, and that no earlier tile has had
-    logit_of: Callable[[Float[Array, "c_t c_v"], Float[Array, "c_t 1"]], Float[Array, "c_t 1"]]  # one row's for every
-    # token, 0 where it is not inside
+    logit_of: Callable[[Float[Array, "c_t c_v"], Float[Array, "c_t 1"]], Float[Array, "c_t 1"]]
 
 
 class Rule(NamedTuple):
