@@ -91,6 +91,7 @@ def test_what_is_kept_is_kept_to_the_bit_and_casts_are_numpys(golden, stored, wa
         assert jax.tree.map(lambda w: w.sharding.spec, params | {"layers": layers}) == wanted
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # ml_dtypes 0.7 says so, older ones do not
 def test_each_tensor_keeps_its_own_dtype_unless_they_cannot_be_stacked(tmp_path):
     arrays, out = tensors(folder := scrambled("llama_bf16", tmp_path / "it")), tmp_path / "out"
     put(folder, arrays := {name: a.astype("f4") if "norm" in name else a for name, a in arrays.items()})
