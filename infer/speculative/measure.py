@@ -1,8 +1,9 @@
 """What speculation is worth: the same model, prompts and process, decoding plainly and drafting in turns.
 
 Questions come in Spec-Bench's format, one JSON object a line: `question_id`, `category`, `turns` (a later turn sees the
-answers before it). Tokens are counted as the engine emits them on both sides; rates are of the decode loop alone, and
-prefill is reported apart. The first pass over the questions compiles and is not counted.
+answers before it). Tokens are counted as the engine emits them on both sides; rates are of the decode loop alone: the
+first token of an answer comes with its prefill, which is reported apart. The first pass over the questions compiles and
+is not counted.
 
 tau is tokens emitted a verifying pass; what a step emits beyond its one token was drafted. `accepted[d]` is the share
 of steps whose draft was right down to depth d, `ctar[w]` that of steps that emitted more than w tokens (Kangaroo).
@@ -65,7 +66,7 @@ class Pass(NamedTuple):
     """One way through all questions."""
 
     answers: list[list[int]]  # tokens of every turn, question after question
-    tokens: list[int]  # of each group of questions
+    tokens: list[int]  # of each group of questions, those that came with a prefill aside
     seconds: list[float]  # of its decode loop
     prefill: float
     emitted: np.ndarray  # [groups, D + 2] steps that emitted so many
@@ -101,6 +102,9 @@ def measure(
 
     Returns:
       A document for JSON; `docs/speculative.md` explains its fields.
+
+    Raises:
+      ValueError: if all answers end with their first token, for then no loop decodes.
     """
     model = Model(model.config, unstack_layers(model.params))
     passes: dict[str, list[Pass]] = {"plain": [], "speculative": []}
@@ -232,7 +236,7 @@ def _run(engine: Engine, questions: Sequence[Question], sampling: Sampling, batc
     for first in range(0, len(questions), batch):
         group = questions[first : first + batch]
         history: list[list[dict[str, str]]] = [[] for _ in group]
-        stats, counts = engine.stats(), np.array(engine.emitted_per_step())
+        stats, counts, begun = engine.stats(), np.array(engine.emitted_per_step()), len(answers)
         for turn in range(max(len(q.turns) for q in group)):
             asked = [i for i, q in enumerate(group) if turn < len(q.turns)]
             for i in asked:
@@ -242,7 +246,7 @@ def _run(engine: Engine, questions: Sequence[Question], sampling: Sampling, batc
                 answers.append(result.outputs[0].token_ids)
                 history[i].append({"role": "assistant", "content": result.outputs[0].text or ""})
         now = engine.stats()
-        tokens.append(int(now["generated_tokens"] - stats["generated_tokens"]))
+        tokens.append(sum(len(answer) - 1 for answer in answers[begun:]))
         seconds.append(now["decode_seconds"] - stats["decode_seconds"])
         emitted.append(np.array(engine.emitted_per_step()) - counts)
     end = engine.stats()
@@ -274,10 +278,16 @@ def _report(
     steps, wrote = int(emitted.sum()), int(emitted @ sizes)
     drafted = sum(p.drafted for p in counted["speculative"])
     per_group = [float(e @ sizes / max(e.sum(), 1)) for e in first.emitted]
+    if any(sum(p.tokens) == 0 for all_ in counted.values() for p in all_):
+        raise ValueError(
+            "measure: every answer ended with its first token, which comes with the prefill; expected answers that go "
+            "on. Allow more tokens, or ask other questions."
+        )
     rate = {name: [sum(p.tokens) / sum(p.seconds) for p in all_] for name, all_ in counted.items()}
     middle = {name: statistics.median(values) for name, values in rate.items()}
     # ratio of means over questions, as Spec-Bench computes it, beside the ratio of totals
-    means = {n: np.mean([np.divide(p.tokens, p.seconds) for p in all_]) for n, all_ in counted.items()}
+    each = lambda p: [tokens / seconds for tokens, seconds in zip(p.tokens, p.seconds, strict=True) if tokens]
+    means = {name: np.mean([rate for p in all_ for rate in each(p)]) for name, all_ in counted.items()}
     same = [a == b for a, b in zip(counted["plain"][0].answers, first.answers, strict=True)]
     tau = wrote / max(steps, 1)
     predicted = parts and tau * parts["plain"] / (parts["draft"] + parts["verify"] + parts["commit"])
@@ -286,7 +296,7 @@ def _report(
         "tokens_per_second": middle[name],
         "all": rate[name],
         "prefill_seconds": statistics.median(p.prefill for p in counted[name]),
-        "tokens": sum(counted[name][0].tokens),
+        "tokens": sum(map(len, counted[name][0].answers)),
     }
     return {
         "drafter": drafter.name,

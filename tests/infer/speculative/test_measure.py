@@ -1,11 +1,13 @@
 """Reports add up, whatever the figures; questions that are none are named."""
 
+import itertools
 import json
 
 import jax
 import numpy as np
 import pytest
 
+from jaxaroo.infer import engine
 from jaxaroo.infer.sampling import Sampling
 from jaxaroo.infer.speculative import verify
 from jaxaroo.infer.speculative.drafters import lookup
@@ -15,8 +17,7 @@ from jaxaroo.models.decoder import DecoderConfig, Model, init_params
 from jaxaroo.models.tokenizer import byte_tokenizer
 
 
-@pytest.fixture(scope="module")
-def report():
+def run(**options):
     tokenizer = byte_tokenizer()
     cfg = DecoderConfig(
         vocab_size=tokenizer.vocab_size,
@@ -34,9 +35,13 @@ def report():
         Question("2", "sums", ["1 2 3 1 2 3 1 2"]),
         Question("3", "songs", ["so so so"]),
     ]
-    settings = Sampling(temperature=0.0, max_tokens=24, seed=0)
     spec = Speculation(lookup.make_drafter(4), verify.coupled())
-    return measure(model, tokenizer, spec, questions, sampling=settings, repeats=2)
+    return measure(model, tokenizer, spec, questions, **options)
+
+
+@pytest.fixture(scope="module")
+def report():
+    return run(sampling=Sampling(temperature=0.0, max_tokens=24, seed=0), repeats=2)
 
 
 @pytest.mark.slow
@@ -67,6 +72,21 @@ def test_rates_are_of_what_was_measured(report):
     assert report["predicted_speedup"] == report["tau"] * parts["plain"] / cost
     assert report["verify_over_plain"] == parts["verify"] / parts["plain"]
     assert (report["extra_parameters"], report["extra_bytes"]) == (0, 0)
+
+
+def test_first_tokens_are_in_no_rate_for_a_prefill_made_them(monkeypatch):
+    """By a clock on which every call of the loop takes a second: tokens a call, of the tokens that calls wrote."""
+    clock = itertools.count()
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: float(next(clock)))
+    found = run(sampling=Sampling(temperature=0.0, max_tokens=5, seed=0), repeats=1, parts=False)
+    assert found["plain"]["tokens"] == 4 * 5
+    assert found["plain"]["tokens_per_second"] == 4.0  # one call an answer
+
+
+@pytest.mark.errors
+def test_answers_that_end_with_their_first_token_say_nothing_of_a_loop():
+    with pytest.raises(ValueError, match="every answer ended with its first token"):
+        run(sampling=Sampling(temperature=0.0, max_tokens=1, seed=0), repeats=1, parts=False)
 
 
 def test_it_can_be_written_down(report, tmp_path):
