@@ -11,10 +11,11 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, overload
 
@@ -53,6 +54,7 @@ CHUNK, BUSY_CHUNK, STREAM_CHUNK = 32, 8, 4
 TOKENS_A_STEP = 4  # of speculative decoding, about: a call takes this many times fewer steps
 PREFILL_CHUNKS = 16, 64, 256  # positions per forward pass, by the longest prompt
 MIN_CAPACITY = 64
+_INVALID = "numerical_error: the model's logits held NaN or infinity; "
 _PACE = controller.ControllerConfig()
 _COUNTERS = (
     *("requests", "failed_requests", "prompt_tokens", "generated_tokens", "invalid_rows", "device_calls"),
@@ -144,6 +146,7 @@ class Engine:
         self._active: set[str] = set()
         self._aborted: set[str] = set()
         self._emitted = np.zeros(speculation.drafter.depth + 2 if speculation else 2, np.int64)
+        self._counting = threading.Lock()
         self._stats = dict.fromkeys(_COUNTERS, 0) | {"prefill_seconds": 0.0, "decode_seconds": 0.0}
 
     # ---------------------------------------------------------------------------------------------------- generation
@@ -201,12 +204,18 @@ class Engine:
         self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None, **options: Any
     ) -> AsyncIterator[Delta]:
         """The stream of `generate`, without blocking the event loop; leaving the iterator early aborts the rest."""
-        deltas = self.generate(prompts, sampling, stream=True, **options)
+        deltas: Any = self.generate(prompts, sampling, stream=True, **options)
+        turn = threading.Lock()  # a task that is cancelled leaves its thread in the middle of a chunk
+
+        def alone(call: Callable[[], Any]) -> Any:
+            with turn:
+                return call()
+
         try:
-            while (delta := await asyncio.to_thread(next, deltas, None)) is not None:
+            while (delta := await asyncio.to_thread(alone, lambda: next(deltas, None))) is not None:
                 yield delta
         finally:
-            await asyncio.to_thread(deltas.close)  # type: ignore[attr-defined]
+            await asyncio.shield(asyncio.to_thread(alone, deltas.close))
 
     def score(self, prompts: Prompt | Sequence[Prompt], *, top: int = 0) -> list[Result]:
         """Log-probability of every prompt token given those before it; nothing is generated."""
@@ -217,8 +226,11 @@ class Engine:
                 results.append(request)
                 continue
             start = time.perf_counter()
-            with self._lock:
-                scores = self._score(request)
+            scores = self._score(request, self._live_params())
+            if not all(math.isfinite(score.logprob) for score in scores if score):
+                wrong = RequestError(_INVALID + "the prompt has no scores.", kind="numerical_error")
+                results.append(self._failed(request.id, request.token_ids, wrong))
+                continue
             spent = Timings(0.0, time.perf_counter() - start, 0.0)
             results.append(Result(request.id, request.token_ids, [], scores, spent, None))
         return results
@@ -232,8 +244,7 @@ class Engine:
         """Serve other weights of the same shapes and dtypes from the next call on; nothing compiles again."""
         new = unstack_layers(params)
         describe = lambda t: jax.tree.map(lambda w: (w.shape, str(w.dtype)), t)
-        old_shapes, new_shapes = describe(self._live_params()), describe(new)
-        if old_shapes != new_shapes:
+        if describe(self._live_params()) != describe(new):
             raise ValueError("update_weights: the tree, a shape or a dtype differs from the served model's.")
         with self._lock:
             at = jax.tree.map(lambda w: w.sharding, self._live_params())
@@ -263,7 +274,7 @@ class Engine:
     def _admit(self, prompt: Any, sampling: Sampling, raise_on_error: bool, answer: bool = True) -> Request | Result:
         request_id = str(next(self._ids))
         seed = int(self._seeds.integers(2**32)) if sampling.seed is None else sampling.seed
-        self._stats["requests"] += 1
+        self._count(requests=1)
         try:
             return make_request(
                 request_id,
@@ -280,8 +291,13 @@ class Engine:
             return self._failed(request_id, [], e)
 
     def _failed(self, request_id: str, ids: list[int], error: RequestError) -> Result:
-        self._stats["failed_requests"] += 1
+        self._count(failed_requests=1)
         return Result(request_id, ids, [], None, Timings(0.0, 0.0, 0.0), error)
+
+    def _count(self, **more: float) -> None:
+        with self._counting:
+            for name, value in more.items():
+                self._stats[name] += value
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -315,15 +331,15 @@ class Engine:
             self._active -= ids
             self._aborted -= ids
 
-    def _score(self, request: Request) -> list[TokenLogprob | None]:
+    def _score(self, request: Request, params: Params) -> list[TokenLogprob | None]:
         ids, top = request.token_ids, request.sampling.prompt_logprobs
         assert top is not None
         T = _bucket(len(ids), 16)
         tokens = np.zeros((1, T), np.int32)
         tokens[0, : len(ids)] = ids
         sizes: Any = dict(chunk=min(T, PREFILL_CHUNKS[-1]), top_n=MAX_LOGPROBS if top else 0)
-        with on_mesh(self._mesh):
-            host = jax.device_get(device.score_prompt(self.config, self._live_params(), tokens, **sizes))
+        with self._turn():
+            host = jax.device_get(device.score_prompt(self.config, params, tokens, **sizes))
         return [None] + [_logprob(ids[t + 1], host, (0, t), top) for t in range(len(ids) - 1)]
 
 
@@ -366,8 +382,7 @@ class _Call:
                 with engine._turn():
                     start = time.perf_counter()
                     state = jax.block_until_ready(self._advance(state, rows, halt, steps))
-                    engine._stats["decode_seconds"] += time.perf_counter() - start
-                engine._stats["device_calls"] += 1
+                    engine._count(device_calls=1, decode_seconds=time.perf_counter() - start)
             yield from self._harvest(state)
 
     def _admit(self, state, rows, free: list[int]):
@@ -395,17 +410,16 @@ class _Call:
         chunk = self._prefill_chunk(longest)
         if state is None:
             planned = lambda: self._prefill(tokens, new_rows, chunk)
-            check_memory(engine._live_params(), self.batch, self.capacity, planned)
+            check_memory(self.params, self.batch, self.capacity, planned)
         with engine._turn():
             new_state = self._prefill(tokens, new_rows, chunk)
             if state is None:
-                state, rows = new_state, new_rows
+                state, rows, self.behind = new_state, new_rows, False
             else:
                 state, rows = device.insert(state, rows, new_state, new_rows, _int32(free[:1]))
             jax.block_until_ready(state)
         spent = time.perf_counter() - start
-        engine._stats["prefill_seconds"] += spent
-        engine._stats["prompt_tokens"] += sum(len(q.token_ids) for q in requests)
+        engine._count(prefill_seconds=spent, prompt_tokens=sum(len(q.token_ids) for q in requests))
         for slot, (r, i) in zip(free, taken, strict=False):
             stream = AnswerStream(self.requests[r], i, engine.tokenizer, self._stop_ids(self.requests[r]))
             self.slots[slot] = _Slot(r, stream, start - self.began, spent, time.perf_counter())
@@ -438,7 +452,9 @@ class _Call:
             start, chunk = time.perf_counter(), self._prefill_chunk(self.capacity)
             state = loop.catch_up(engine.config, self._weights(spec), spec.drafter, state, rows, chunk=chunk)
             jax.block_until_ready(state.drafter)
-            spent = engine._catch_up = time.perf_counter() - start
+            if (key := self._shapes(-1)) in engine._compiled:
+                spent = engine._catch_up = time.perf_counter() - start
+            engine._compiled.add(key)
         start = time.perf_counter()
         if arm:
             state = self._draft(spec, spec.arms[arm - 1], state, rows, halt, tokens)
@@ -447,7 +463,6 @@ class _Call:
             state = state._replace(rows=base)
         self.behind = not arm
         filled, steps = (new - old for new, old in zip(_progress(jax.block_until_ready(state)), before, strict=True))
-        key = (arm, self.batch, self.capacity, self.biased, self.stops, self.top_n)
         engine._pace = controller.observe(
             _PACE,
             engine._pace,
@@ -456,11 +471,15 @@ class _Call:
             max(1, int((steps if arm else filled).max())),
             time.perf_counter() - start,
             int(filled.sum()),
-            warm=key in engine._compiled,
+            warm=(key := self._shapes(arm)) in engine._compiled,
             catch_up=spent,
         )
         engine._compiled.add(key)
         return state
+
+    def _shapes(self, arm: int) -> tuple[int, ...]:
+        """What a call is compiled for; arm -1 is the catch-up."""
+        return arm, self.batch, self.capacity, self.biased, self.stops, self.top_n
 
     def _draft(self, spec: Speculation, drafter: Drafter, state, rows: device.Rows, halt: np.ndarray, tokens: np.int32):
         steps = np.int32(max(1, tokens // TOKENS_A_STEP))
@@ -480,12 +499,8 @@ class _Call:
         at = state if isinstance(state, device.DecodeState) else state.rows
         tally = state.tally if isinstance(state, loop.SpeculativeState) else None
         tokens, filled, status, scores, tally = jax.device_get((at.tokens, at.filled, at.status, at.scores, tally))
-        ended: dict[int, FinishReason | None] = {
-            device.RUNNING: None,
-            device.STOPPED: "stop",
-            device.FULL: "length",
-            device.INVALID: "error",
-        }
+        ended: dict[int, FinishReason | None] = {device.RUNNING: None, device.STOPPED: "stop"}
+        ended |= {device.FULL: "length", device.INVALID: "error"}
         cut = self._cut_requests()
         for row, slot in enumerate(self.slots):
             if slot is None:
@@ -494,14 +509,13 @@ class _Call:
             begin = len(request.token_ids) + len(stream.token_ids)
             reason = ended[int(status[row])] or ("abort" if slot.request in cut else None)
             if reason == "error":
-                message = "numerical_error: the model's logits held NaN or infinity; the answer ends here."
-                self.errors[slot.request] = RequestError(message, kind="numerical_error")
-                self.engine._stats["invalid_rows"] += 1
+                self.errors[slot.request] = RequestError(_INVALID + "the answer ends here.", kind="numerical_error")
+                self.engine._count(invalid_rows=1)
             delta = stream.push(tokens[row, begin : filled[row]].tolist(), reason)
             if delta.finish_reason is not None:
                 self._finish(row, slot, scores)
                 if tally is not None:
-                    self._count(tally.emitted[row], tally.drafted[row])
+                    self._count_steps(tally.emitted[row], int(tally.drafted[row]))
                 delta = dataclasses.replace(delta, result=self._result(slot.request))
             if delta.token_ids or delta.text or delta.finish_reason:
                 yield delta
@@ -528,15 +542,13 @@ class _Call:
         answer = stream.answer(logprobs, float(sum(p.logprob for p in logprobs)))
         timings = Timings(slot.queued, slot.prefilled, now - slot.started)
         self.answers[slot.request][stream.index] = (answer, timings)
-        self.engine._stats["generated_tokens"] += len(stream.token_ids)
+        self.engine._count(generated_tokens=len(stream.token_ids))
         self.slots[row] = None
 
-    def _count(self, emitted: np.ndarray, drafted: np.ndarray) -> None:
-        steps = int(emitted.sum())
+    def _count_steps(self, emitted: np.ndarray, drafted: int) -> None:
+        steps, tokens = int(emitted.sum()), int(emitted @ np.arange(len(emitted)))
         self.engine._emitted += emitted
-        self.engine._stats["steps"] += steps
-        self.engine._stats["drafted_tokens"] += int(drafted)
-        self.engine._stats["accepted_tokens"] += int(emitted @ np.arange(len(emitted))) - steps
+        self.engine._count(steps=steps, drafted_tokens=drafted, accepted_tokens=tokens - steps)
 
     def _result(self, r: int) -> Result | None:
         """The request's result, once all its samples have ended."""
@@ -544,9 +556,9 @@ class _Call:
         if len(done) < request.sampling.n:
             return None
         if r in self.errors:
-            self.engine._stats["failed_requests"] += 1
+            self.engine._count(failed_requests=1)
         spent = [t for _, t in done.values()]
-        prompt = self.engine._score(request) if request.sampling.prompt_logprobs is not None else None
+        prompt = self.engine._score(request, self.params) if request.sampling.prompt_logprobs is not None else None
         return Result(
             request.id,
             request.token_ids,

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import functools
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -323,6 +324,8 @@ def test_a_row_of_nan_is_an_error_of_its_own():
     assert (bad.error.kind, bad.outputs[0].finish_reason, bad.outputs[0].token_ids) == ("numerical_error", "error", [])
     assert (late.error.kind, late.outputs[0].token_ids) == ("numerical_error", [35])
     assert engine.stats()["invalid_rows"] == 2
+    good, bad = engine.score(["one", "a#b"])
+    assert (good.error, bad.error.kind, bad.prompt_logprobs) == (None, "numerical_error", None)
 
 
 def test_new_weights_serve_the_next_call_and_wrong_ones_are_refused():
@@ -376,6 +379,39 @@ def test_async_streaming_and_leaving_early():
     assert asyncio.run(run(None)) == whole
     assert whole.startswith(asyncio.run(run(2)))
     assert engine.generate("one", ASCII)[0].outputs[0].text == whole
+
+
+def test_a_cancelled_task_ends_its_request_and_says_that_it_was_cancelled(monkeypatch):
+    """While a chunk is in its thread, where most of a stream's time goes."""
+    engine, busy, real = make(), threading.Event(), engine_module.device.decode
+    want = answers(engine.generate("one", ASCII))
+    monkeypatch.setattr(engine_module.device, "decode", lambda *a, **k: busy.set() or time.sleep(0.2) or real(*a, **k))
+
+    async def read():
+        async for _ in engine.agenerate("one", ASCII):
+            pass
+
+    async def cancel():
+        task = asyncio.create_task(read())
+        await asyncio.to_thread(busy.wait)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return set(engine._active)
+
+    assert asyncio.run(cancel()) == set()
+    assert answers(engine.generate("one", ASCII)) == want
+
+
+def test_prompts_are_scored_with_the_weights_that_answered():
+    settings = dataclasses.replace(ASCII, prompt_logprobs=0)
+    engine, want = make(), make().generate("one", settings)[0]
+    stream = engine.generate("one", settings, stream=True)
+    next(stream)
+    engine.update_weights(model(1).params)  # for the next call; this one has begun
+    *_, last = stream
+    assert last.result.outputs == want.outputs
+    assert last.result.prompt_logprobs == want.prompt_logprobs
 
 
 @pytest.mark.errors

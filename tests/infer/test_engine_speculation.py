@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxaroo.infer import devices
+from jaxaroo.infer import engine as engine_module
 from jaxaroo.infer.decode import Rows, decode
 from jaxaroo.infer.engine import Engine
 from jaxaroo.infer.sampling import Sampling, pack_sampling
@@ -95,6 +96,25 @@ def test_drafting_that_comes_and_goes_changes_nothing(monkeypatch):
     assert len(caught_up) > 1
     assert stats["accepted_tokens"] > 0
     assert stats["steps"] + stats["accepted_tokens"] < sum(len(a) for r in plainly() for a in r)  # some were plain
+
+
+def test_catching_up_costs_what_it_takes_once_compiled_and_nothing_where_all_rows_are_new(monkeypatch):
+    """Plainly to the end; then the call begins anew, and a drafter that has read the new prompts is not behind."""
+    turns, prices, calls, clock = iter([0, 1, 0, 1]), [], [], itertools.count()
+    choose = lambda cfg, state, rows, catch_up: prices.append(catch_up[1]) or next(turns, 0)
+    monkeypatch.setattr(controller, "choose", choose)
+    monkeypatch.setattr(engine_module.time, "perf_counter", lambda: float(next(clock)))
+    real = loop.catch_up
+    monkeypatch.setattr(loop, "catch_up", lambda *a, **k: calls.append(1) or real(*a, **k))
+    settings = Sampling(temperature=0.0, max_tokens=90)
+    with Engine(model(), max_seqs=1, speculation=drafting()) as engine:
+        engine.generate([[5, 9, 1]], settings)
+        assert (prices[:4], len(calls)) == ([0.0] * 4, 2)  # the first catch-up compiled it, and says nothing
+        assert engine._catch_up > 0.0
+    turns, prices[:], calls[:] = iter([0, 1, 0, 1, 0, 1, 0, 1]), [], []
+    with Engine(model(), max_seqs=1, speculation=drafting()) as engine:
+        engine.generate([[5, 9, 1]] * 4, Sampling(temperature=0.0, max_tokens=8))
+        assert (engine._catch_up, len(calls)) == (0.0, 0)
 
 
 @pytest.mark.slow
