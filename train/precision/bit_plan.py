@@ -109,11 +109,13 @@ def allocate(
     _check(table, number, widths, times, max_latency)
     bits, rows = np.asarray(widths, np.int64), np.arange(len(table))
     used = number[:, None] * bits[None]  # [L, W]
-    limits: list[tuple[str, Any, Any]] = [("budget_bits", used, math.floor(budget_bits))]
+    limits: list[tuple[str, Any, Any]] = [
+        ("budget_bits", used, math.floor(min(budget_bits, used.max(1).sum())))  # more than all is no limit
+    ]
     if times is not None and max_latency is not None:
         limits.append(("max_latency", times, float(max_latency)))
     for name, spent, limit in limits:
-        if (least := spent.min(1).sum()) > limit:
+        if (least := spent.min(1).sum()) > _grant(limit):
             raise ValueError(f"allocate: found {name}={limit}; expected at least {least}, every layer at its least.")
     fits = lambda plan: all(spent[rows, plan].sum() <= _grant(limit) for _, spent, limit in limits)
     plan = _solve(table, limits, fits)

@@ -202,6 +202,13 @@ def test_time_is_a_second_budget():
         assert time[range(4), [WIDTHS.index(b) for b in got.bits]].sum() <= latest
 
 
+def test_a_limit_that_is_the_sum_of_the_least_is_met_and_none_is_none():
+    cost, number, time = np.array([[0, 1.0]] * 3), [10] * 3, np.array([[0.2, 0.1]] * 3)
+    got = allocate(cost, number, (8, 4), 240, latency=time, max_latency=0.3)  # 0.1 + 0.1 + 0.1 > 0.3 in floats
+    assert got.bits.tolist() == [4, 4, 4]
+    assert allocate(cost, number, (8, 4), np.inf).bits.tolist() == [8, 8, 8]
+
+
 def test_the_front_is_one_of_all_plans():
     rng = np.random.default_rng(6)
     cost, number = problem(rng, 5)
