@@ -92,7 +92,7 @@ class FloatMatrix(NamedTuple):
 
 def plain(x: Float[Array, "T K"], w: Float[Array, "N K"], bits: int = 4) -> FloatMatrix:
     """The biases of maxima, nothing searched: E2M1 or E4M3."""
-    fmt = _formats(bits)[1]
+    fmt, x, w = _formats(bits)[1], x.astype(jnp.float32), w.astype(jnp.float32)  # bfloat16 is too coarse for a bias
     bias = jnp.min(_channel_biases(x, fmt))
     return FloatMatrix(fmt, _row_biases(w, fmt), fmt, bias, _offsets(x, fmt, bias))
 
@@ -110,6 +110,7 @@ def search(x: Float[Array, "T K"], w: Float[Array, "N K"], bits: int = 4, rounds
       bits: 4 or 8, of both.
       rounds: how often each side is searched.
     """
+    x, w = x.astype(jnp.float32), w.astype(jnp.float32)
     formats, want = _formats(bits), x @ w.T
     rows = {f: _row_biases(w, f) for f in formats}
     shared = {f: jnp.min(_channel_biases(x, f)) for f in formats}

@@ -131,6 +131,15 @@ def test_plain_biases_are_those_of_maxima():
     assert found.offsets[5] == 0
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_inputs_and_weights_in_bfloat16_have_the_biases_of_their_float32_copies(bits):
+    x, w = (jnp.asarray(part, jnp.bfloat16) for part in case(3))
+    for find in (plain, search):
+        got, want = find(x, w, bits), find(x.astype(jnp.float32), w.astype(jnp.float32), bits)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+        assert (got.weight_bias.dtype, got.input_bias.dtype) == (jnp.float32, jnp.float32)
+
+
 def test_offsets_move_between_inputs_and_weights_and_change_nothing():
     """Whole biases: then every number here is a few bits times a power of two, and float64 products are exact."""
     x, w = case(1)
