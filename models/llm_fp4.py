@@ -57,7 +57,8 @@ FORMATS = {  # bits -> those that are tried; the second is where a search begins
 
 def bias_of(fmt: FloatFormat, largest: Float[Array, "..."]) -> Float[Array, "..."]:
     """The bias at which this is the largest number of the format; that of 1 where it is 0."""
-    return jnp.log2(fmt.largest / jnp.where(largest > 0, largest, 1.0))
+    some = largest >= float(jnp.finfo(jnp.float32).tiny)  # of what is below devices take no logarithm
+    return jnp.log2(fmt.largest) - jnp.log2(jnp.where(some, largest, 1.0))  # the quotient may be too large for a float
 
 
 def quantise_float(x: Float[Array, "..."], fmt: FloatFormat, bias: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -73,10 +74,10 @@ def quantise_float(x: Float[Array, "..."], fmt: FloatFormat, bias: Float[Array, 
             f"quantise_float: bias {bias.shape}, x {x.shape}; expected (), or x's rank with 1 where shared."
         )
     whole = jnp.floor(-bias)
-    scale = jnp.ldexp(jnp.exp2(-bias - whole), whole.astype(jnp.int32))  # exact for whole biases
-    y = jnp.clip(x.astype(jnp.float32) / scale, -fmt.largest, fmt.largest)
+    scale, binade = jnp.exp2(-bias - whole), whole.astype(jnp.int32)  # 1 for whole biases; apart, neither underflows
+    y = jnp.clip(jnp.ldexp(x.astype(jnp.float32), -binade) / scale, -fmt.largest, fmt.largest)
     step = jnp.maximum(jnp.frexp(y)[1] - 1, 1) - fmt.mantissa  # frexp: floor(log2 |y|) + 1, exactly
-    return (jnp.ldexp(jnp.round(jnp.ldexp(y, -step)), step) * scale).astype(x.dtype)
+    return jnp.ldexp(jnp.ldexp(jnp.round(jnp.ldexp(y, -step)), step) * scale, binade).astype(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------- one matrix

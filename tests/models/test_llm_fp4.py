@@ -115,6 +115,16 @@ def test_the_bias_of_a_maximum_ends_there(fmt):
     assert np.isfinite(bias_of(fmt, jnp.zeros(())))
 
 
+@pytest.mark.parametrize("fmt", [*FORMATS[4], *FORMATS[8]], ids=lambda f: f"E{f.exponent}M{f.mantissa}")
+def test_rows_of_any_size_have_a_scale(fmt):
+    """Unused rows decay for ever: where the largest of the format, over theirs, is more than a float32 is."""
+    x = jnp.asarray([[1e-25, 5e-26], [1e-30, 5e-31], [1e-36, 5e-37], [1e37, 5e36]], jnp.float32)
+    got = quantise(x, fmt, bias_of(fmt, jnp.max(x, 1, keepdims=True)))
+    np.testing.assert_allclose(got / x, np.ones((4, 2)), rtol=2e-5 if fmt.exponent > 1 else 0.3)
+    tiny = jnp.full((1, 2), 1e-40, jnp.float32)  # no normal number: may be taken for 0
+    assert np.isfinite(quantise(tiny, fmt, bias_of(fmt, tiny))).all()
+
+
 # --------------------------------------------------------------------------------------------------------- one matrix
 def test_plain_biases_are_those_of_maxima():
     x, w = case(0)
