@@ -173,7 +173,7 @@ def init_scale(w: Float[Array, "..."], cfg: QuantConfig, over: int = 1) -> Float
         scale = (jnp.abs(mean) + 3 * sigma) / (top + 1)
     else:
         scale = _search(rows, cfg)
-    return jnp.where(scale > FLOOR, scale, 3 * inputs**-0.5 / (top + 1))
+    return jnp.where(scale <= FLOOR, 3 * inputs**-0.5 / (top + 1), scale)  # so that NaN stays what it is
 
 
 def init_gain(w: Float[Array, "..."], scale: Float[Array, "... M"], cfg: QuantConfig) -> Float[Array, "... G"]:
@@ -309,7 +309,7 @@ def _search(rows: Float[Array, "... M size"], cfg: QuantConfig) -> Float[Array, 
         e = error(scale)
         return (jnp.minimum(e, least), jnp.where(e < least, scale, chosen)), None
 
-    start = (jnp.full_like(unit, jnp.inf), jnp.zeros_like(unit))
+    start = (jnp.full_like(unit, jnp.inf), 0 * unit)  # NaN, as is then every error, where a weight is not finite
     return jax.lax.scan(better, start, jnp.geomspace(0.004, 0.06, 90, dtype=jnp.float32))[0][1]
 
 

@@ -348,6 +348,15 @@ def test_a_channel_without_variance_has_a_positive_scale(init):
     np.testing.assert_allclose(got[1:3], w[1:3], rtol=reach)
 
 
+@pytest.mark.parametrize("init", INITS)
+def test_a_weight_that_is_no_number_is_not_hidden_by_a_fresh_scale(init):
+    w = jnp.asarray([[0.1, jnp.nan, 0.2, -0.3], [0.1, jnp.inf, 0.2, -0.3], [0.1, 0.0, 0.2, -0.3]], jnp.float32)
+    scale = snap(start(w, QuantConfig(bits=(8, 4), init=init)))
+    low = decode(encode(w, scale), scale)
+    assert np.isnan(low[:2]).all(axis=1).tolist() == [True, True]
+    assert np.isfinite(low[2]).all()
+
+
 def test_a_gain_is_the_least_squares_factor():
     rng = np.random.default_rng(10)
     w = jnp.asarray(rng.standard_normal((2, 3, 4, 16)), jnp.float32).at[1, 2].set(0)
