@@ -45,7 +45,11 @@ class Uniform(NamedTuple):
 
 
 def calibrate(x: Float[Array, "... K"], bits: int, *, symmetric: bool = False) -> Uniform:
-    """For each channel the percentile, of three, at which clipping loses the least square error."""
+    """For each channel the percentile, of three, at which clipping loses the least square error.
+
+    A silent channel has the mean scale of the others: its r is 1, or the weights behind it, which do nothing, might be
+    the largest of their rows.
+    """
     rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
     ordered = jnp.sort(jnp.abs(rows) if symmetric else rows, 0)
     tried, losses = [], []
@@ -55,15 +59,18 @@ def calibrate(x: Float[Array, "... K"], bits: int, *, symmetric: bool = False) -
             zero = jnp.zeros_like(scale)
         else:
             low, high = _quantile(ordered, 1 - p), _quantile(ordered, p)
-            scale = (high - low) / (2**bits - 1)
+            scale = jnp.where(high > low, (high - low) / (2**bits - 1), jnp.abs(low))  # what never changes is exact
             zero = jnp.round(-low / jnp.where(scale > 0, scale, 1.0))
         q = Uniform(jnp.where(scale > 0, scale, 1.0), zero)
         low = dequantise(quantise(rows, q, bits, symmetric=symmetric), q)
-        tried.append(q)
-        losses.append(jnp.mean((rows - low) ** 2, 0))
+        tried.append(Uniform(scale, zero))
+        losses.append(jnp.where(scale > 0, jnp.mean((rows - low) ** 2, 0), jnp.inf))
     best = jnp.argmin(jnp.stack(losses), 0)[None]
     pick = lambda *parts: jnp.take_along_axis(jnp.stack(parts), best, 0)[0]
-    return jax.tree.map(pick, *tried)
+    scale, zero = jax.tree.map(pick, *tried)
+    live = jnp.sum(scale > 0).astype(jnp.float32)
+    silent = jnp.where(live > 0, jnp.sum(scale) / jnp.maximum(live, 1.0), 1.0)
+    return Uniform(jnp.where(scale > 0, scale, silent), zero)
 
 
 def quantise(x: Float[Array, "..."], q: Uniform, bits: int, *, symmetric: bool = False) -> Int32[Array, "..."]:

@@ -103,6 +103,23 @@ def test_a_channel_that_is_always_zero_stays_zero():
         assert (low[:, 3] == 0).all()
 
 
+def test_a_channel_that_never_changes_is_what_it_was():
+    x = jnp.asarray(skewed(2)).at[:, 3].set(0.3).at[:, 5].set(-7.6)
+    for symmetric in (False, True):
+        q = calibrate(x, 4, symmetric=symmetric)
+        low = dequantise(quantise(x, q, 4, symmetric=symmetric), q)
+        np.testing.assert_allclose(low[:, jnp.asarray([3, 5])], [[0.3, -7.6]] * 500, rtol=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_weights_behind_a_silent_channel_do_not_outgrow_the_others(symmetric):
+    """They are multiplied by r and then by 0; but their row is quantised together."""
+    x = jnp.asarray(skewed(2)).at[:, 3].set(0.0) * 0.01
+    r = ratios({"attn_norm": calibrate(x, 8, symmetric=symmetric).scale[None]})["attn_norm"][0]
+    np.testing.assert_allclose(r[3], 1, rtol=1e-5)
+    assert (calibrate(0 * x, 8, symmetric=symmetric).scale == 1).all()
+
+
 # ------------------------------------------------------------------------------------------------- reparameterisation
 def layer_norm(x, gain, bias):
     x = np.float64(x)
