@@ -154,7 +154,7 @@ def _search(
     from ..train.data.formats import open_examples
     from ..train.data.pipeline import BatchConfig, Batches
     from ..train.data.tokenise import encode_sft
-    from ..train.precision.bit_plan import pareto, perturbation, sizes
+    from ..train.precision.bit_plan import code_bits, pareto, perturbation
     from ..train.precision.hessian import matrix_traces
 
     master, quant = load_master(model, dtype="float32", stacked=True)
@@ -170,7 +170,7 @@ def _search(
     batches = jax.tree.map(lambda *parts: jnp.concatenate(parts), *windows)
     found = matrix_traces(master.config, params, quant, batches, jax.random.key(seed), samples=samples)
     cost = perturbation(params, scales_of(master.params, quant), found.trace, widths, quant)
-    best = pareto(cost, sizes(params, quant), widths, points=points)
+    best = pareto(cost, code_bits(params, widths, quant), widths, points=points)
     total: Any = sum(found.trace.values())
     return {
         "trace": [float(t) for t in total],

@@ -44,6 +44,13 @@ def sizes(params: Params, rules: QuantRules = DEFAULT_RULES) -> Int64[np.ndarray
     return np.sum([*_counts(params, rules).values()], axis=0)
 
 
+def code_bits(params: Params, widths: Sequence[int], rules: QuantRules = DEFAULT_RULES) -> Int64[np.ndarray, "L W"]:
+    """Bits of the codes of each layer at each width; a matrix that rules keep from it has the nearest they allow."""
+    chosen, b = quantised_paths(params, rules), np.asarray(widths, np.int64)
+    each = [n[:, None] * b.clip(chosen[k].bits[-1], chosen[k].master)[None] for k, n in _counts(params, rules).items()]
+    return np.sum(each, axis=0)
+
+
 def perturbation(
     params: Params,
     scales: Params,
@@ -95,7 +102,8 @@ def allocate(
 
     Args:
       cost: `[L, W]`.
-      sizes: weights of each layer, integers.
+      sizes: integers: weights of each layer, `[L]`, or bits of its codes at each width, `[L, W]` (`code_bits`), which
+        differ where rules keep matrices from a width.
       widths: W of them.
       budget_bits: for the codes of all layers; scales and padding are beside it.
       latency: `[L, W]`, of each layer at each width.
@@ -108,7 +116,7 @@ def allocate(
     times = None if latency is None else np.asarray(latency, np.float64)
     _check(table, number, widths, times, max_latency)
     bits, rows = np.asarray(widths, np.int64), np.arange(len(table))
-    used = number[:, None] * bits[None]  # [L, W]
+    used = _bits_at(number, bits)
     limits: list[tuple[str, Any, Any]] = [
         ("budget_bits", used, math.floor(min(budget_bits, used.max(1).sum())))  # more than all is no limit
     ]
@@ -132,9 +140,9 @@ def pareto(cost: Any, sizes: Any, widths: Sequence[int], *, points: int = 16) ->
 
     They come by rising size and falling cost.
     """
-    total = int(np.sum(np.asarray(sizes, np.int64)))
+    used = _bits_at(np.asarray(sizes, np.int64), np.asarray(widths, np.int64))
     plans: list[Plan] = []
-    for budget in np.linspace(min(widths) * total, max(widths) * total, points):
+    for budget in np.linspace(used.min(1).sum(), used.max(1).sum(), points):
         plan = allocate(cost, sizes, widths, round(budget))
         if not plans or plan.cost < plans[-1].cost:
             plans.append(plan)
@@ -142,6 +150,10 @@ def pareto(cost: Any, sizes: Any, widths: Sequence[int], *, points: int = 16) ->
 
 
 # ----------------------------------------------------------------------------------------------------------- private
+def _bits_at(number: Int64[np.ndarray, "..."], widths: Int64[np.ndarray, " W"]) -> Int64[np.ndarray, "L W"]:
+    return number if number.ndim == 2 else number[:, None] * widths[None]
+
+
 def _counts(params: Params, rules: QuantRules) -> dict[str, Int64[np.ndarray, " L"]]:
     """Path -> how many weights each layer has there."""
     chosen = quantised_paths(params, rules)
@@ -188,9 +200,10 @@ def _solve(table: Any, limits: list[tuple[str, Any, Any]], fits: Callable[[Any],
 
 def _check(table: Any, number: Any, widths: Sequence[int], times: Any, max_latency: float | None) -> None:
     W = len(widths)
-    if table.ndim != 2 or table.shape != (len(number), W) or not W or len({*widths}) != W or min(widths) < 1:
-        found = f"cost {table.shape}, {len(number)} sizes, widths {tuple(widths)}"
-        raise ValueError(f"allocate: {found}; expected [L, W], L and W of them, each width once.")
+    fits = number.shape in (table.shape[:1], table.shape)
+    if table.ndim != 2 or table.shape[1] != W or not fits or not W or len({*widths}) != W or min(widths) < 1:
+        found = f"cost {table.shape}, sizes {number.shape}, widths {tuple(widths)}"
+        raise ValueError(f"allocate: {found}; expected [L, W], [L] or [L, W], and W, each once.")
     if not np.isfinite(table).all() or (number < 1).any():
         raise ValueError("allocate: found a cost that is not finite or a size below 1; expected neither.")
     if (times is None) != (max_latency is None):

@@ -8,10 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxaroo.jaxlib_ext.qmm import QuantisedMatrix
 from jaxaroo.models.decoder import DecoderConfig, init_params, unstack_layers
-from jaxaroo.models.multi_precision import DEFAULT_RULES, MATRICES, fake_quantise_tree, init_scales, to_master
+from jaxaroo.models.multi_precision import (
+    DEFAULT_RULES,
+    MATRICES,
+    fake_quantise_tree,
+    init_scales,
+    switch_bits,
+    to_master,
+)
 from jaxaroo.models.quantise import QuantConfig
-from jaxaroo.train.precision.bit_plan import allocate, pareto, perturbation, sizes
+from jaxaroo.train.precision.bit_plan import allocate, code_bits, pareto, perturbation, sizes
 
 CFG = DecoderConfig(
     vocab_size=20, embed_dim=32, ffn_dim=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, o_bias=True
@@ -209,6 +217,28 @@ def test_a_limit_that_is_the_sum_of_the_least_is_met_and_none_is_none():
     assert allocate(cost, number, (8, 4), np.inf).bits.tolist() == [8, 8, 8]
 
 
+def test_a_plan_takes_the_bits_that_rules_leave_it():
+    params, scales = model(MIXED)
+    clipped = [min(max(b, 4), 6) for b in WIDTHS]  # of down
+    others = sum(COUNT.values()) - COUNT["k"] - COUNT["down"]
+    want = [others * b + COUNT["down"] * c for b, c in zip(WIDTHS, clipped, strict=True)]
+    for form in (params, unstack_layers(params)):
+        np.testing.assert_array_equal(code_bits(form, WIDTHS, MIXED), [want] * 3)
+    cost = np.array([[0, 1.0, 4, 9]] * 3)
+    used = code_bits(params, WIDTHS, MIXED)
+    with pytest.raises(ValueError, match=f"expected at least {3 * want[-1]}, every layer"):
+        allocate(cost, used, WIDTHS, 2 * sizes(params, MIXED).sum())
+    front = pareto(cost, used, WIDTHS, points=6)
+    assert [front[0].size, front[-1].size] == [3 * want[-1], 3 * want[0]]
+    for plan in front:
+        matrices = jax.tree.leaves(
+            switch_bits(unstack_layers(to_master(params, scales, MIXED)), plan.bits, MIXED),
+            is_leaf=lambda leaf: isinstance(leaf, QuantisedMatrix),
+        )
+        served = [m for m in matrices if isinstance(m, QuantisedMatrix)]
+        assert plan.size == sum(np.prod(m.shape) * m.bits for m in served)
+
+
 def test_the_front_is_one_of_all_plans():
     rng = np.random.default_rng(6)
     cost, number = problem(rng, 5)
@@ -241,8 +271,15 @@ def test_budgets_that_nothing_fits_are_refused():
 @pytest.mark.errors
 def test_what_does_not_fit_together_is_refused():
     cost, number = np.array([[0, 1.0], [0, 2.0]]), [10, 20]
-    for bad in ({"cost": cost[0]}, {"sizes": [10]}, {"widths": (8, 4, 2)}, {"widths": (8, 8)}, {"widths": (8, 0)}):
-        with pytest.raises(ValueError, match=r"allocate: cost .* sizes, widths .*; expected \[L, W\]"):
+    for bad in (
+        {"cost": cost[0]},
+        {"sizes": [10]},
+        {"sizes": [[10, 20]]},
+        {"widths": (8, 4, 2)},
+        {"widths": (8, 8)},
+        {"widths": (8, 0)},
+    ):
+        with pytest.raises(ValueError, match=r"allocate: cost .*, sizes .*, widths .*; expected \[L, W\]"):
             allocate(**{"cost": cost, "sizes": number, "widths": (8, 2), "budget_bits": 240} | bad)
     for bad in ({"cost": cost * np.nan}, {"sizes": [10, 0]}):
         with pytest.raises(ValueError, match="a cost that is not finite or a size below 1"):
