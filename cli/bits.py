@@ -59,6 +59,12 @@ def eval_bits(
       arithmetic_hi: size of their numbers.
       json: print one JSON object.
     """
+    least = {"--limit": (limit, 1), "--samples": (samples, 1), "--sensitivity-rows": (sensitivity_rows, 1)}
+    least |= {"--batch": (batch, 1), "--plans": (plans, 0), "--questions": (questions, 0), "--repeats": (repeats, 0)}
+    for name, (value, low) in least.items():  # now: most would be found wrong when all is measured
+        if value is not None and value < low:
+            raise UsageError(f"eval bits: {name} {value}; expected at least {low}.")
+
     from ..infer.widths import decode_speed, plot_widths, quality, weigh
     from ..models.hf import load, load_master
     from ..models.multi_precision import switch_bits
@@ -76,9 +82,14 @@ def eval_bits(
     entries: list[dict[str, Any]] = [{"name": f"{b} bits", "kind": "width", "bits": b, "model": at(b)} for b in widths]
     for pair in single:
         width, equals, folder = pair.partition("=")
-        if not equals or not width.isdigit():
+        if not equals or not width.isdecimal():
             raise UsageError(f"eval bits: --single {pair}; expected WIDTH=FOLDER.")
         other = load(folder, dtype=dtype, bits=int(width))
+        if int(width) not in (served := _served(other)):  # a master that does not reach it serves at its nearest
+            found = ", ".join(map(str, served))
+            raise ValueError(
+                f"eval bits: {folder} serves at {found} bits; expected a model that was trained at {width}."
+            )
         entries.append({"name": f"{width} bits alone", "kind": "single", "bits": int(width), "model": other})
     if plain is not None:
         entries.append({"name": "float", "kind": "plain", "bits": None, "model": load(plain, dtype=dtype)})
@@ -114,6 +125,16 @@ def eval_bits(
 
 
 # ----------------------------------------------------------------------------------------------------------- private
+def _served(model: Any) -> list[int]:
+    """Widths of the matrices of a model."""
+    import jax
+
+    from ..jaxlib_ext.qmm import QuantisedMatrix
+
+    is_matrix = lambda leaf: isinstance(leaf, QuantisedMatrix)
+    return sorted({leaf.bits for leaf in jax.tree.leaves(model.params, is_leaf=is_matrix) if is_matrix(leaf)})
+
+
 def _table(entries: list[dict[str, Any]]) -> Iterator[str]:
     name = max(5, *(len(e["name"]) for e in entries))
     yield f"{'':{name}}  bits  perplexity  accuracy      MB  tokens/s  tax"

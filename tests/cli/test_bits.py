@@ -69,6 +69,14 @@ def test_eval_bits_says_what_is_wrong(run, quantised, speaking, tmp_path):
     assert (status, "holds plain weights; expected a master" in err) == (1, True)
     status, _, err = run(*base, "--model", quantised, "--single", "4")
     assert (status, "--single 4; expected WIDTH=FOLDER" in err) == (2, True)
+    status, _, err = run(*base, "--model", quantised, "--single", "\N{SUPERSCRIPT TWO}=x")
+    assert (status, "expected WIDTH=FOLDER" in err) == (2, True)
+    for option, value in (("--repeats", -1), ("--plans", -1), ("--questions", -1), ("--limit", 0), ("--samples", 0)):
+        status, _, err = run(*base, "--model", quantised, option, value)
+        assert (status, f"eval bits: {option} {value}; expected at least {value + 1}" in err) == (2, True)
+    assert run("quantise", speaking, tmp_path / "four", "--bits", 4)[0] == 0
+    status, _, err = run(*base, "--model", quantised, "--single", f"8={tmp_path / 'four'}")
+    assert (status, "serves at 4 bits; expected a model that was trained at 8" in err) == (1, True)
     assert not (tmp_path / "r").exists()
 
 
