@@ -3,7 +3,7 @@
 resnet20   a float network first, then the same at all widths together (Double Rounding, 2502.01199, section 4)
 ghostnet   GhostNetV3 with its branches, taught by a ResNet if there is one, and folded at the end (2404.11202)
 
-out/vision.yaml            every setting
+out/vision.yaml            every setting;  images.sha256 by which to know the images again
 out/float, out/joint       of resnet20, one a phase; of ghostnet out/ghost
     metrics.jsonl          one line a step;  evaluation.jsonl one line an evaluation: right of all, at each width
     checkpoints/           what the same command goes on from
@@ -242,6 +242,12 @@ def run(kind: Kind, cfg: VisionConfig, options: Any, *, progress: bool = False) 
       ValueError: for settings that are not those that the folder was begun with, and for data that cannot be used.
     """
     train, test = read_cifar10(cfg.data, "train"), read_cifar10(cfg.data, "test")
+    classes, most = options.network.classes, max(int(images.labels.max()) for images in (train, test))
+    if most >= classes:  # its likelihood would be NaN, and the step skipped
+        raise ValueError(
+            f"train {kind}: {cfg.data} has label {most}; expected below {classes}, the classes of the network. Give "
+            "--network.classes."
+        )
     absolute = {
         f.name: v.absolute() for f in dataclasses.fields(options) if isinstance(v := getattr(options, f.name), Path)
     }
@@ -313,17 +319,17 @@ def _go(cfg: VisionConfig, phase: _Phase, train: Images, stopped: Callable[[], i
     folder = cfg.out / phase.name
     if (folder / "model" / "config.json").is_file():
         return Outcome(phase.steps, True, None)
+    mark, written = _mark(cfg, train), cfg.out / "images.sha256"
+    if written.is_file() and written.read_text().strip() not in ("", mark):  # by an earlier phase
+        raise _other_images(cfg)
+    written.write_text(mark + "\n")
     folder.mkdir(exist_ok=True)
-    mark = _mark(cfg, train)
     with checkpoint.open_checkpoints(folder / "checkpoints", cfg.checkpoint) as manager:
         state = phase.state()
         if (found := checkpoint.restore(manager, state)) is not None:
             state = found.state
             if found.data["mark"] != mark:
-                raise ValueError(
-                    f"train: {cfg.data} holds other images than when {cfg.out} was left; expected the same, or the "
-                    "order of the samples would mean nothing. Put them back, or begin a new run."
-                )
+                raise _other_images(cfg)
         begin = int(state.step)
         for name in ("metrics.jsonl", "evaluation.jsonl"):
             forget_after(folder / name, begin)
@@ -354,6 +360,13 @@ def _go(cfg: VisionConfig, phase: _Phase, train: Images, stopped: Callable[[], i
         _plot(folder, f"{phase.name} on {cfg.data.name}")
         phase.write(folder / "model", state)
     return Outcome(done, done >= phase.steps, stopped())
+
+
+def _other_images(cfg: VisionConfig) -> ValueError:
+    return ValueError(
+        f"train: {cfg.data} holds other images than when {cfg.out} was left; expected the same, or the order of the "
+        "samples would mean nothing. Put them back, or begin a new run."
+    )
 
 
 def _resnet_phases(cfg: VisionConfig, options: ResNetOptions, train: Images, test: Images) -> list[_Phase]:

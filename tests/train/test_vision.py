@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -151,7 +152,7 @@ def test_a_run_stopped_in_each_phase_ends_as_one_that_was_not(unbroken, toy, tmp
 def test_a_float_teacher_and_network_may_come_from_another_run(unbroken, toy, tmp_path):
     options = dataclasses.replace(OPTIONS, start=unbroken / "float" / "model", kd="fp", epochs=0.2)
     assert run("resnet20", settings(toy, tmp_path / "run"), options) == Outcome(2, True, None)
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", "joint", "vision.yaml"]
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", "images.sha256", "joint", "vision.yaml"}
     [last] = lines(tmp_path / "run" / "joint" / "evaluation.jsonl")
     assert last["top1_8"] > 0.7  # guessing has 0.25: it began as the float network
 
@@ -264,6 +265,25 @@ def test_what_cannot_be_gone_on_with_is_refused(unbroken, toy, tmp_path):
     with pytest.raises(ValueError, match="tells 4 classes; expected 9"):
         run("ghostnet", settings(toy, tmp_path / "new"), teacher)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.errors
+def test_labels_that_the_network_does_not_tell_are_refused(toy, tmp_path):
+    few = dataclasses.replace(OPTIONS, network=dataclasses.replace(NETWORK, classes=3))
+    with pytest.raises(ValueError, match=r"has label 3; expected below 3, .* Give --network\.classes"):
+        run("resnet20", settings(toy, tmp_path / "new"), few)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.errors
+@pytest.mark.slow
+def test_a_later_phase_goes_on_with_the_same_images_alone(unbroken, toy, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(unbroken, out, ignore=shutil.ignore_patterns("joint"))
+    other = write_toy(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match=r"holds other images than when .* was left"):
+        run("resnet20", settings(other, out), OPTIONS)
+    assert not (out / "joint").exists()
 
 
 @pytest.mark.errors
