@@ -169,7 +169,7 @@ def _search(
     import jax.numpy as jnp
 
     from ..models.hf import load_master
-    from ..models.multi_precision import from_master, scales_of
+    from ..models.multi_precision import floats_of, from_master, scales_of
     from ..models.tokenizer import load_tokenizer
     from ..train.data.arithmetic import ArithmeticConfig, ArithmeticExamples
     from ..train.data.formats import open_examples
@@ -190,7 +190,8 @@ def _search(
     windows = [next(stream) for _ in range(max(1, rows // size))]
     batches = jax.tree.map(lambda *parts: jnp.concatenate(parts), *windows)
     found = matrix_traces(master.config, params, quant, batches, jax.random.key(seed), samples=samples)
-    cost = perturbation(params, scales_of(master.params, quant), found.trace, widths, quant)
+    whole = floats_of(master.params, quant), scales_of(master.params, quant)
+    cost = perturbation(*whole, found.trace, widths, quant)
     best = pareto(cost, code_bits(params, widths, quant), widths, points=points)
     total: Any = sum(found.trace.values())
     return {

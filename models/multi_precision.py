@@ -200,8 +200,14 @@ def placements(cfg: DecoderConfig, params: Params, mesh: Mesh, rules: Rules = SE
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda node: isinstance(node, QuantisedMatrix))
 
 
+def floats_of(master: Params, rules: QuantRules = DEFAULT_RULES) -> Params:
+    """Float32 weights of which `to_master`, with `scales_of`, makes this master: C s, which has no gain yet."""
+    plain = tuple((pattern, cfg and dataclasses.replace(cfg, gain=())) for pattern, cfg in rules)
+    return from_master(master, 8, plain)
+
+
 def scales_of(master: Params, rules: QuantRules = DEFAULT_RULES) -> Params:
-    """The tree that `to_master` made a master with, snapped: for what is computed from floats and scales together."""
+    """The tree that `to_master` made a master with, snapped: for what is computed from `floats_of` and scales."""
 
     def one(leaf: _Leaf) -> Params:
         scale = leaf.value["scale"].astype(jnp.float32)

@@ -28,11 +28,13 @@ from jaxaroo.models.multi_precision import (
     INPUT_AXES,
     MATRICES,
     fake_quantise_tree,
+    floats_of,
     from_master,
     init_scales,
     quantised_paths,
     read_rules,
     scale_axes,
+    scales_of,
     switch_bits,
     to_master,
     write_rules,
@@ -166,6 +168,14 @@ def test_bfloat16_weights_too():
     master = stored(params, scales, MIXED)
     for bits in WIDTHS:
         equal(served(master, jnp.int32(bits), MIXED, jnp.bfloat16), tree_at(params, scales, jnp.int32(bits), MIXED))
+
+
+@pytest.mark.slow
+def test_floats_and_scales_of_a_master_make_it_again_gains_at_its_own_width_or_not():
+    rules = (("layers/attn/.", QuantConfig(bits=(8, 4, 2), gain=(8, 2))), *MIXED[3:])
+    master = stored(base(), learned(rules), rules)
+    assert (master["layers"]["attn"]["q"]["gain"] != 1).any()
+    equal(stored(floats_of(master, rules), scales_of(master, rules), rules), master)
 
 
 @pytest.mark.slow
