@@ -170,7 +170,6 @@ def test_bfloat16_weights_too():
         equal(served(master, jnp.int32(bits), MIXED, jnp.bfloat16), tree_at(params, scales, jnp.int32(bits), MIXED))
 
 
-@pytest.mark.slow
 def test_floats_and_scales_of_a_master_make_it_again_gains_at_its_own_width_or_not():
     rules = (("layers/attn/.", QuantConfig(bits=(8, 4, 2), gain=(8, 2))), *MIXED[3:])
     master = stored(base(), learned(rules), rules)
