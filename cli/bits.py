@@ -64,6 +64,8 @@ def eval_bits(
     for name, (value, low) in least.items():  # now: most would be found wrong when all is measured
         if value is not None and value < low:
             raise UsageError(f"eval bits: {name} {value}; expected at least {low}.")
+    if out.is_file():
+        raise UsageError(f"eval bits: --out {out} is a file; expected a folder, or nothing yet.")
 
     from ..infer.widths import decode_speed, plot_widths, quality, weigh
     from ..models.hf import load, load_master

@@ -74,6 +74,9 @@ def test_eval_bits_says_what_is_wrong(run, quantised, speaking, tmp_path):
     for option, value in (("--repeats", -1), ("--plans", -1), ("--questions", -1), ("--limit", 0), ("--samples", 0)):
         status, _, err = run(*base, "--model", quantised, option, value)
         assert (status, f"eval bits: {option} {value}; expected at least {value + 1}" in err) == (2, True)
+    status, _, err = run(*base[:-1], tmp_path / "rows.jsonl", "--model", quantised, *SHORT, "--repeats", 0)
+    assert (status, "rows.jsonl is a file; expected a folder" in err) == (2, True)
+    assert "bits ..." not in err  # nothing was measured in vain
     assert run("quantise", speaking, tmp_path / "four", "--bits", 4)[0] == 0
     status, _, err = run(*base, "--model", quantised, "--single", f"8={tmp_path / 'four'}")
     assert (status, "serves at 4 bits; expected a model that was trained at 8" in err) == (1, True)
