@@ -88,10 +88,8 @@ def eval_bits(
             raise UsageError(f"eval bits: --single {pair}; expected WIDTH=FOLDER.")
         other = load(folder, dtype=dtype, bits=int(width))
         if int(width) not in (served := _served(other)):  # a master that does not reach it serves at its nearest
-            found = ", ".join(map(str, served))
-            raise ValueError(
-                f"eval bits: {folder} serves at {found} bits; expected a model that was trained at {width}."
-            )
+            own = ", ".join(map(str, served))
+            raise ValueError(f"eval bits: {folder} serves at {own} bits; expected a model that was trained at {width}.")
         entries.append({"name": f"{width} bits alone", "kind": "single", "bits": int(width), "model": other})
     if plain is not None:
         entries.append({"name": "float", "kind": "plain", "bits": None, "model": load(plain, dtype=dtype)})
