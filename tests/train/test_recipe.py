@@ -422,12 +422,14 @@ def test_wrong_solutions_weigh_what_is_asked_for(caplog):
     with caplog.at_level("INFO"):
         weighed = RECIPES["prm"].prepare(rows, RewardOptions(negative_share=0.5))
     found = [weighed[i]["weight"] for i in range(4)]
-    assert found == pytest.approx([2.0, 2 / 3, 4 / 3, 2 / 3])  # one in four is wrong; a row's own weight stays
+    assert found == pytest.approx([2.5, 0.625, 1.25, 0.625])  # a fifth of all weight was wrong, and half of it is
     assert len(weighed) == 4
     assert "25.0 % of 4 solutions hold a wrong step; they now weigh 50.0 %" in caplog.text
     assert RECIPES["prm"].prepare(rows, RewardOptions()) is rows
     with pytest.raises(ValueError, match="0% of the solutions hold a wrong step"):
         RECIPES["prm"].prepare(rows[1:], RewardOptions(negative_share=0.5))
+    with pytest.raises(ValueError, match="0% of the solutions hold a wrong step"):  # by weight, which its own is not
+        RECIPES["prm"].prepare([rows[0] | {"weight": 0.0}, *rows[1:]], RewardOptions(negative_share=0.5))
 
 
 @pytest.mark.errors

@@ -174,14 +174,15 @@ def weigh_negatives(examples: Sequence[Mapping[str, Any]], cfg: StepsConfig, wan
       wanted: the share, above 0 and below 1.
 
     Raises:
-      ValueError: if all solutions hold a wrong step, or none does.
+      ValueError: if all solutions that weigh anything hold a wrong step, or none does.
     """
     targets = (step_targets(row[cfg.column], cfg) for row in (examples[i] for i in range(len(examples))))
     bad = np.array([any(t is not None and t <= cfg.wrong for t in each) for each in targets])
-    share = float(bad.mean())
+    own = np.array([examples[i].get("weight", 1.0) for i in range(len(examples))], np.float64)  # shares are of weight
+    share = float(own[bad].sum() / own.sum()) if own.any() else 0.0
     if share in (0.0, 1.0):
         raise ValueError(f"train: {share:.0%} of the solutions hold a wrong step; expected some of both to weigh.")
-    log.info("%.1f %% of %d solutions hold a wrong step; they now weigh %.1f %%", 100 * share, len(bad), 100 * wanted)
+    log.info("%.1f %% of %d solutions hold a wrong step; they now weigh %.1f %%", 100 * bad.mean(), len(bad), 100 * wanted)
     return Weighted(examples, np.where(bad, wanted / share, (1 - wanted) / (1 - share)))
 
 
