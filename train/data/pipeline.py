@@ -299,7 +299,7 @@ class _GroupIterator(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._parent.set_state(state["parent"])
-        self._window, self._out, self._groups = state["window"], 0, []
+        self._begun, self._window, self._out, self._groups = state["parent"], state["window"], 0, []
         if state["out"]:
             self._fill()
             self._out = state["out"]
