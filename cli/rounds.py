@@ -167,8 +167,8 @@ def score_answers(
     return [[next(worth) for _ in row["texts"]] for row in rows]
 
 
-def brier(model: Any, tokenizer: Any, rows: Sequence[Row], batch: int = 32) -> float:
-    """Mean of (V - return)^2 over all tokens of answers, their ends included.
+def brier(model: Any, tokenizer: Any, rows: Sequence[Row], batch: int = 32) -> float | None:
+    """Mean of (V - return)^2 over all tokens of answers, their ends included; None if no answer says anything.
 
     Args:
       model: the value model.
@@ -183,7 +183,8 @@ def brier(model: Any, tokenizer: Any, rows: Sequence[Row], batch: int = 32) -> f
     from ..train.rounds import trajectories
 
     answers = trajectories([{**row, "rewards": row["outcomes"]} for row in rows])
-    encoded = [encode_labelled(tokenizer, answer) for answer in answers]
+    if not (encoded := [encode_labelled(tokenizer, answer) for answer in answers]):
+        return None
     size = max(SHORTEST, 1 << (max(len(e.ids) for e in encoded) - 1).bit_length())
     errors = []
     for part in (encoded[i : i + batch] for i in range(0, len(encoded), batch)):

@@ -189,8 +189,12 @@ def select(rows: Sequence[Row], how: Keep = "best", threshold: float = 0.0) -> l
 
 
 def trajectories(rows: Sequence[Row]) -> list[Row]:
-    """Every answer with its return, as rows of layout `unpaired`: what a value model learns from."""
-    return [_example(row, i) | {"label": r == 1} for row in rows for i, r in enumerate(row["rewards"])]
+    """Every answer that says something with its return, as rows of layout `unpaired`: what a value model learns from.
+
+    One that ended at once has no text, which no row of that layout may lack.
+    """
+    each = [(row, i, r) for row in rows for i, r in enumerate(row["rewards"]) if row["texts"][i]]
+    return [_example(row, i) | {"label": r == 1} for row, i, r in each]
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop

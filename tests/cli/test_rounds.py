@@ -314,6 +314,10 @@ def test_the_error_of_a_value_model_is_a_mean_over_tokens(home):
         np.testing.assert_allclose(brier(model, tokenizer, rows, batch=batch), np.mean(errors), rtol=1e-5)
 
 
+def test_answers_that_say_nothing_have_no_error():
+    assert brier(None, None, [{"id": "0", "prompt": "how many eggs ?\n", "texts": [""], "outcomes": [0]}]) is None
+
+
 def test_answers_are_whole_and_right_or_not():
     texts = ["ans 7", "ans 7", "well", "ans 8", "1 + 6 = 7"]
     found = answered({"id": "0", "answer": "7"}, texts, ["stop", "length", "stop", "stop", "stop"])

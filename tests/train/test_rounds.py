@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxaroo.train import rounds
+from jaxaroo.train.data.formats import open_examples
 from jaxaroo.train.data.pipeline import BatchConfig
 from jaxaroo.train.rounds import (
     Loop,
@@ -106,6 +107,16 @@ def test_a_value_model_learns_from_every_answer():
         ("x:2", "b", False),
         ("y:0", "c", False),
     ]
+
+
+def test_an_answer_without_text_is_no_row_to_learn_from(tmp_path):
+    """One that ended at once: it failed the check of all rows, and with them the round."""
+    asked = {"id": "x", "prompt": "x?", "texts": ["", "a"], "rewards": [0.0, 1.0]}
+    found = trajectories([asked])
+    path = tmp_path / "selected.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in found), encoding="utf-8")
+    assert [r["id"] for r in found] == ["x:1"]
+    assert open_examples(path, "unpaired")[0]["completion"] == "a"
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop
