@@ -182,7 +182,9 @@ def weigh_negatives(examples: Sequence[Mapping[str, Any]], cfg: StepsConfig, wan
     share = float(own[bad].sum() / own.sum()) if own.any() else 0.0
     if share in (0.0, 1.0):
         raise ValueError(f"train: {share:.0%} of the solutions hold a wrong step; expected some of both to weigh.")
-    log.info("%.1f %% of %d solutions hold a wrong step; they now weigh %.1f %%", 100 * bad.mean(), len(bad), 100 * wanted)
+    log.info(
+        "%.1f %% of %d solutions hold a wrong step; they now weigh %.1f %%", 100 * bad.mean(), len(bad), 100 * wanted
+    )
     return Weighted(examples, np.where(bad, wanted / share, (1 - wanted) / (1 - share)))
 
 
