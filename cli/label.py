@@ -161,6 +161,9 @@ def label_steps(
     rows = [row for row in read_solutions(data) if row["steps"]]
     if (missing := next((i for i, row in enumerate(rows) if needed not in row), None)) is not None:
         raise UsageError(f"label steps: row {missing} of {data} has no `{needed}`, which --by {by} goes by.")
+    for i, row in enumerate(rows):
+        if (wanted := _wanted(row, needed)) is not None:
+            raise ValueError(f"label steps: row {i} of {data} has `{needed}` {row[needed]!r:.60}; expected {wanted}.")
     if (part_of := shard_of(shard)) is not None:
         if job is not None:
             raise UsageError(
@@ -447,8 +450,26 @@ def _questions(data: str) -> Sequence[Row]:
         row = examples[i]
         if not isinstance(row.get("answer"), str) or not isinstance(row.get("prompt"), str):
             raise ValueError(f"label sample: row {i} of {data} has columns {sorted(row)}; expected prompt and answer.")
+        if (wanted := _wanted(row, "answer")) is not None:
+            found = f"row {i} of {data} has `answer` {row['answer']!r:.60}"
+            raise ValueError(f"label sample: {found}; expected {wanted}. Correct it, or leave the row out.")
         rows.append({"id": str(i), **row})
     return rows
+
+
+def _wanted(row: Row, column: str) -> str | None:
+    """What should stand in a column that labels come from, if something else does."""
+    from ..infer.evaluate import known_answer
+
+    value = row[column]
+    if column == "answer":  # where it says nothing, no solution would ever be right
+        says = isinstance(value, str) and known_answer(value) is not None
+        return None if says else "text, a number or words"
+    if column == "outcome":
+        return None if value in (0, 1) else "0 or 1"
+    R = len(row["steps"])
+    fits = isinstance(value, list) and len(value) == R and all(x in (0, 1, None) for x in value)
+    return None if fits else f"0, 1 or null for each of {R} steps"
 
 
 def _arithmetic(cfg: Any, index: int) -> Row:

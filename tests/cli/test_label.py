@@ -291,6 +291,11 @@ def test_a_split_that_fails_leaves_what_was_there(run, policy, tmp_path, change,
         ("label split --data {tmp}/list.jsonl --out {tmp}/o --by line", 1, "list.jsonl:1"),
         ("label split --data {tmp}/odd.jsonl --out {tmp}/o --model {policy} --share 2", 1, "share: found 2"),
         ("label agree --strong {tmp}/odd.jsonl --out {tmp}/o", 2, "expected either --weak"),
+        (
+            "label agree --weak {tmp}/odd.jsonl --strong {tmp}/odd.jsonl --out {tmp}/o",
+            1,
+            "`labels` is None; expected a",
+        ),
         ("label agree --weak {tmp}/odd.jsonl --strong {tmp}/none.jsonl --out {tmp}/o", 1, "none.jsonl"),
     ],
 )
@@ -302,3 +307,35 @@ def test_bad_input(run, policy, tmp_path, argv, status, message):
     found, out, err = run(*argv.format(policy=policy, tmp=tmp_path).split())
     assert found == status
     assert message in out + err
+
+
+@pytest.mark.errors
+@pytest.mark.parametrize(
+    ("by", "column", "value", "wanted"),
+    [
+        ("monte-carlo", "answer", "", "text, a number or words"),
+        ("monte-carlo", "answer", 7, "text, a number or words"),
+        ("outcome", "outcome", None, "0 or 1"),
+        ("outcome", "outcome", -1, "0 or 1"),
+        ("truth", "truth", [1], "0, 1 or null for each of 2 steps"),
+        ("truth", "truth", None, "0, 1 or null for each of 2 steps"),
+    ],
+)
+def test_labels_come_from_what_can_be_known(run, policy, tmp_path, by, column, value, wanted):
+    """Nothing is written: -1 and null were a good step and a bad one, and to an empty answer no solution was right."""
+    good = {"id": "a", "prompt": "?", "steps": ["3 + 4 = 7", "ans 7"], "answer": "7", "outcome": 1, "truth": [1, 1]}
+    write(tmp_path / "rows.jsonl", [good, good | {"id": "b", column: value}])
+    asked = ("--data", tmp_path / "rows.jsonl", "--out", tmp_path / "o.jsonl", "--by", by, "--model", policy)
+    status, _, err = run("label", "steps", *asked)
+    assert (status, f"has `{column}` {value!r}; expected {wanted}" in err) == (1, True)
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
+
+
+@pytest.mark.errors
+@pytest.mark.parametrize("answer", ["", " . "])
+def test_problems_whose_answer_says_nothing_are_not_asked(run, policy, tmp_path, answer):
+    write(tmp_path / "rows.jsonl", [{"prompt": "?", "answer": "7"}, {"prompt": "?", "answer": answer}])
+    asked = ("--data", tmp_path / "rows.jsonl", "--out", tmp_path / "o.jsonl", "--model", policy)
+    status, _, err = run("label", "sample", *asked)
+    assert (status, f"row 1 of {tmp_path / 'rows.jsonl'} has `answer` {answer!r}" in err) == (1, True)
+    assert not (tmp_path / "o.jsonl").exists()

@@ -16,6 +16,7 @@ https://arxiv.org/abs/2501.07301, which kept about 40 %).
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -123,9 +124,16 @@ def _keep(pairs: Sequence[tuple[Mapping[str, Any], Labels, Labels]], unmatched: 
 
 
 def _hard(row: Mapping[str, Any], cfg: ConsistencyConfig) -> list[int | None]:
-    labels = row[cfg.column]
+    labels = row.get(cfg.column)
+    if not isinstance(labels, list | tuple):
+        found = f"`{cfg.column}` is {labels!r:.40}"
+        raise ValueError(
+            f"{_name(row):.80}: {found}; expected a list, a label for each step. Label the solution first."
+        )
     if len(labels) != len(row["steps"]):
         raise ValueError(f"{_name(row):.80}: found {len(labels)} labels; expected one for each step.")
+    if wrong := [x for x in labels if x is not None and not (isinstance(x, int | float) and math.isfinite(x))]:
+        raise ValueError(f"{_name(row):.80}: found label {wrong[0]!r:.40}; expected a number or null.")
     return [None if label is None else int(label > cfg.threshold) for label in labels]
 
 

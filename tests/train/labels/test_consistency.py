@@ -148,6 +148,8 @@ def test_a_completer_agrees_with_itself(tmp_path):
     ("call", "message"),
     [
         (lambda: agree([row([1]), row([1])], []), 'the weak labels hold "a" twice'),
+        (lambda: agree([row([1])], [row([float("nan")])]), "found label nan; expected a number or null"),
+        (lambda: agree([row([1])], [row(["good"])]), "found label 'good'; expected a number or null"),
         (lambda: agree([], [row([1]), row([1])]), 'the strong labels hold "a" twice'),
         (lambda: agree([row([1])], [row([1, 1])]), 'solution "a" has other steps in the two files'),
         (lambda: agree([row([1]) | {"labels": [1, 1]}], [row([1])]), '"a": found 2 labels; expected one for each step'),
