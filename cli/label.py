@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .output import FloatType, UsageError, cut_half_line, dumps
+from .output import FloatType, UsageError, dumps
 from .shards import shard_of
 
 Row = dict[str, Any]
@@ -85,14 +85,12 @@ def label_sample(
         if whole.exists():
             print(f"{whole} is whole", file=sys.stderr)
             return 0
-    done = cut_half_line(out)
-    if done % samples:
-        raise ValueError(f"label sample: {out} holds {done} rows; expected a multiple of --samples {samples}.")
-    rest, wave = problems[done // samples :], max(1, 16 * max_seqs // samples)
+    done = _solved(out, problems, samples)
+    rest, wave = problems[done:], max(1, 16 * max_seqs // samples)
     with (
         Engine(load(model, dtype=dtype), load_tokenizer(model), max_seqs=max_seqs) as engine,
         out.open("a", encoding="utf-8") as file,
-        tqdm(total=len(problems), initial=done // samples, desc="sample", unit="problem", disable=None) as bar,
+        tqdm(total=len(problems), initial=done, desc="sample", unit="problem", disable=None) as bar,
     ):
         for part in (rest[i : i + wave] for i in range(0, len(rest), wave)):
             ask: Any = dict(temperature=temperature, max_tokens=max_new_tokens, n=samples)
@@ -374,6 +372,44 @@ def solution_text(row: Row, joiner: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- private
+def _solved(out: Path, problems: Sequence[Row], samples: int) -> int:
+    """How many problems a file holds all solutions of; what a stop or a full disk left of one more is cut off.
+
+    Raises:
+      ValueError: if a row is not the solution that this command would have written there.
+    """
+    solved = end = place = 0
+    with out.open("a+b") as file:
+        file.seek(0)
+        for number, line in enumerate(file):
+            (i, sample), whole = divmod(number, samples), line.endswith(b"\n")
+            if i < len(problems):  # a lower --limit keeps what is there
+                wanted = {"id": f"{problems[i]['id']}:{sample}", "prompt": problems[i]["prompt"]}
+                if not _begins(line, wanted) and (whole or not number):  # half a line behind others is the stop's
+                    raise ValueError(
+                        f"label sample: {out}:{number + 1} is {line[:80]!r}; expected solution {wanted['id']} of "
+                        f"{wanted['prompt']!r:.60}. Go on with the same --data, --first, --samples and --shard, or "
+                        "name another --out."
+                    )
+            place += len(line)
+            if sample == samples - 1 and whole:
+                end, solved = place, i + 1
+        file.truncate(end)
+    return solved
+
+
+def _begins(line: bytes, row: Row) -> bool:
+    """Whether a line, or what there is of it, holds this row or one with more columns."""
+    if not line.endswith(b"\n"):
+        begun = dumps(row)[:-1].encode()
+        return line.startswith(begun) or begun.startswith(line)
+    try:
+        found = jsonlib.loads(line)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.items() >= row.items()
+
+
 def _adaptive(model: Path, rows: list[Row], texts: list[str], cfg: Any, dtype: FloatType | None):
     """Steps of every text, and what the policy's doubts came to: it reads each behind its prompt."""
     import numpy as np

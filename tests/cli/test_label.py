@@ -67,9 +67,16 @@ def test_sampled_solutions_are_rows_of_steps_and_a_killed_job_goes_on(run, polic
     assert any(row["steps"] for row in rows)
     whole = (tmp_path / "s.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
-    (tmp_path / "k.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:20])
-    assert sample(run, policy, tmp_path / "k.jsonl", "--limit", 3)[0] == 0
-    assert (tmp_path / "k.jsonl").read_bytes() == whole
+    for left in (b"".join(lines[:2]) + lines[2][:20], b"".join(lines[:3])):  # within a line, and within a problem
+        (tmp_path / "k.jsonl").write_bytes(left)
+        assert sample(run, policy, tmp_path / "k.jsonl", "--limit", 3)[0] == 0
+        assert (tmp_path / "k.jsonl").read_bytes() == whole
+    (tmp_path / "note.txt").write_text("no newline behind it")
+    assert sample(run, policy, tmp_path / "note.txt", "--limit", 3)[0] == 1
+    assert (tmp_path / "note.txt").read_text() == "no newline behind it"
+    for other in (("--samples", 3), ("--first", 1)):  # of which these rows are no beginning
+        status, _, err = sample(run, policy, tmp_path / "k.jsonl", "--limit", 3, *other)
+        assert (status, "name another --out" in err, (tmp_path / "k.jsonl").read_bytes()) == (1, True, whole)
 
 
 @pytest.mark.slow
@@ -274,7 +281,11 @@ def test_a_split_that_fails_leaves_what_was_there(run, policy, tmp_path, change,
         ("label sample --model {policy} --data builtin:arithmetic --out {tmp}/o --samples 0", 2, "--samples 0"),
         ("label sample --model {policy} --data builtin:arithmetic --out {tmp}/o --temperature 0", 2, "all different"),
         ("label sample --model {tmp}/none --data builtin:arithmetic --out {tmp}/o", 1, "none"),
-        ("label sample --model {policy} --data builtin:arithmetic --out {tmp}/odd.jsonl", 1, "a multiple of"),
+        (
+            "label sample --model {policy} --data builtin:arithmetic --out {tmp}/odd.jsonl",
+            1,
+            "expected solution 0:0 of",
+        ),
         ("label steps --data {tmp}/odd.jsonl --out {tmp}/o", 2, "the folder of a completer"),
         ("label steps --data {tmp}/bad.jsonl --out {tmp}/o --by truth", 1, "bad.jsonl:1"),
         ("label steps --data {tmp}/odd.jsonl --out {tmp}/o --by truth", 2, "row 0 of"),
