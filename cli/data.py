@@ -1,6 +1,7 @@
 """`jaxaroo data ...`: rows to train on, made of other rows. What is written appears whole or not at all."""
 
 import json as jsonlib
+import math
 import os
 import re
 import shutil
@@ -88,7 +89,8 @@ def data_pairs(
       out: JSONL file to write: prompt, chosen, rejected, and what they are worth.
       by: what ranks them, a reward model's step scores or whether they are right.
       aggregate: makes one number of the scores of an answer's steps.
-      margin: by more than this the two differ.
+      margin: by more than this the two differ. An answer without text is left out; by scores also one that was cut or
+        has no final answer, where the row says so.
       json: print one JSON object.
     """
     from ..train.data.ranked import ranked_pair
@@ -362,6 +364,8 @@ def _judged(data: Path, by: str, aggregate: Any) -> list[tuple[Any, list[Any]]]:
     scores: Any
     right: Any
     for where, row in _objects(data):
+        if row.get("texts") == [] and row.get("error"):  # a question that the engine refused has no answers
+            continue
         if fault := _ranked_fault(row, by):
             raise ValueError(f"{where}: {fault}.")
         if "texts" in row:
@@ -369,7 +373,11 @@ def _judged(data: Path, by: str, aggregate: Any) -> list[tuple[Any, list[Any]]]:
         else:
             text = solution_text(row, joiner_of([row], None))
             texts, scores, right = [text], [row.get("scores")], [row.get("outcome")]
+        if by == "scores":  # what was cut, or gives no final answer, is malformed, as `eval best-of-n` has it
+            whole = zip(row.get("finish_reasons") or ["stop"] * len(texts), row.get("extracted") or texts, strict=True)
+            scores = [s if why == "stop" and f is not None else [] for s, (why, f) in zip(scores, whole, strict=True)]
         worths = [one_number(s, aggregate) for s in scores] if by == "scores" else [float(r) for r in right]
+        worths = [w if text else -math.inf for text, w in zip(texts, worths, strict=True)]  # nothing to learn from
         name = jsonlib.dumps(row["prompt"], sort_keys=True)
         prompts[name] = row["prompt"]
         answers.setdefault(name, []).extend(map(Judged, texts, worths))
@@ -461,15 +469,20 @@ def _code_fault(row: Row) -> str | None:
 def _ranked_fault(row: Row, by: str) -> str | None:
     """What is wrong with a row of answers that are ranked."""
     several = "texts" in row
-    texts = row.get("texts") if several else [row.get("completion", row.get("steps"))]
-    if not row.get("prompt") or not isinstance(texts, list) or not texts or not all(texts):
-        return f"found columns {sorted(row)}; expected `prompt` with `texts`, or with `steps`"
+    is_text = lambda value: isinstance(value, str)
+    told = [] if is_text(row.get("completion")) else row.get("steps")  # steps do not count beside a whole text
+    texts = row.get("texts") if several else told
+    if not row.get("prompt") or not isinstance(texts, list) or not all(map(is_text, texts)) or (several and not texts):
+        return f"found columns {sorted(row)}; expected `prompt` with `texts`, or with `steps`, all of them strings"
     name = "scores" if by == "scores" else "correct" if several else "outcome"
-    value = row.get(name) if several else [row.get(name)]
+    value, n = (row.get(name), len(texts)) if several else ([row.get(name)], 1)
     kind = list if by == "scores" else (int, float)
-    if not isinstance(value, list) or len(value) != len(texts) or not all(isinstance(v, kind) for v in value):
+    if not isinstance(value, list) or len(value) != n or not all(isinstance(v, kind) for v in value):
         more = " (`eval prm --out` writes them)" if by == "scores" else ""
         return f"`{name}` is {row.get(name)!r:.80}; expected one for each answer{more}"
+    for more in ("finish_reasons", "extracted") if several and by == "scores" else ():
+        if row.get(more) is not None and (not isinstance(row[more], list) or len(row[more]) != n):
+            return f"`{more}` is {row[more]!r:.80}; expected one for each answer, or none at all"
     return None
 
 

@@ -366,10 +366,36 @@ def test_labels_of_answers_by_outcome_and_by_scores(run, tmp_path):
     assert (status, "none of the 1 answers" in err, (tmp_path / "no").exists()) == (1, True, False)
 
 
+def test_answers_that_say_nothing_or_were_cut_are_left_out(run, tmp_path):
+    """Rows as `eval best-of-n` and `label sample` write them: one such answer is no reason to refuse all."""
+    answers = {"texts": ["ans 1", "", "ans 2", "ans", "3 +"], "scores": [[0.5], [], [0.3], [0.1], [0.9]]}
+    answers |= {"extracted": ["1", None, "2", None, "3"], "finish_reasons": ["stop"] * 4 + ["length"]}
+    refused = {"prompt": "long", "texts": [], "scores": [], "correct": [False] * 5, "error": "too long"}
+    row = {"prompt": "p", **answers, "correct": [False, False, True, False, False]}
+    data = write(tmp_path / "chosen.jsonl", [row, refused])
+    assert run("data", "pairs", "--data", data, "--by", "scores", "--out", tmp_path / "pairs.jsonl")[0] == 0
+    [pair] = rows_of(tmp_path / "pairs.jsonl")
+    assert (pair["chosen"], pair["rejected"]) == ("ans 1", "ans 2")
+    assert run("data", "labelled", "--data", data, "--out", tmp_path / "labelled.jsonl")[0] == 0
+    assert [r["completion"] for r in rows_of(tmp_path / "labelled.jsonl")] == ["ans 1", "ans 2", "ans", "3 +"]
+    steps = [{"prompt": "p", "steps": steps, "outcome": len(steps)} for steps in ([], ["a"])]
+    asked = ("--data", write(tmp_path / "steps.jsonl", steps), "--out", tmp_path / "of_steps.jsonl")
+    assert run("data", "labelled", *asked)[0] == 0
+    assert rows_of(tmp_path / "of_steps.jsonl") == [{"prompt": "p", "completion": "a", "label": True}]
+
+
 @pytest.mark.errors
 @pytest.mark.parametrize(
     ("row", "by", "said"),
     [
+        ({"prompt": "p", "steps": "abc", "outcome": 1}, "outcome", "found columns ['outcome', 'prompt', 'steps']"),
+        ({"prompt": "p", "completion": 5, "outcome": 1}, "outcome", "found columns ['completion', 'outcome',"),
+        ({"prompt": "p", "texts": [5], "correct": [1]}, "outcome", "found columns ['correct', 'prompt', 'texts']"),
+        (
+            {"prompt": "p", "texts": ["a"], "scores": [[1.0]], "extracted": []},
+            "scores",
+            "`extracted` is []; expected one for each answer, or none",
+        ),
         (
             {"steps": ["a"], "scores": [1.0]},
             "scores",
