@@ -121,7 +121,7 @@ def step_beam(
     Args:
       engine: the policy's.
       model: with the policy's tokenizer.
-      prompts: as for `search`.
+      prompts: texts or messages, for the reward model reads them too.
       sampling: of one step; `stop` is what steps end with, a newline for example.
       beams: as for `search`.
       expand: as for `search`.
@@ -133,8 +133,15 @@ def step_beam(
         raise ValueError("step_beam: found no stop string; expected what steps end with, such as a newline.")
     tokenizer: Any = engine.tokenizer
 
+    text = model.config.text
+    around = {text.between, tokenizer.decode([text.separator], skip_special=False)} - {""}
+
+    def step(piece: str) -> str:
+        """Without the end that is written around steps anyway: a model learned from steps that lack it."""
+        return piece.removesuffix(next((end for end in sorted(around) if piece.endswith(end)), ""))
+
     def judge(grown: Sequence[tuple[int, Partial]]) -> list[float]:
-        solutions = [Solution(prompts[q], p.pieces) for q, p in grown]
+        solutions = [Solution(prompts[q], [*map(step, p.pieces)]) for q, p in grown]
         scores = score_solutions(model, tokenizer, solutions, batch=batch)
         return [s[-1] if s else 0.0 for s in scores]
 

@@ -122,6 +122,19 @@ def test_steps_are_scored_as_a_solution_is():
     assert np.std(want) > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("separator", "between"), [("<|sep|>", "\n"), ("\n", "")])
+def test_what_a_model_has_between_steps_is_read_once(separator, between):
+    """Steps are those that it was trained on, lines without their ends, and not lines with one more."""
+    cfg = RewardConfig(target=CFG, separator=one_token(TOKENIZER, separator), between=between)
+    model = RewardModel(cfg, reward().params)
+    [beam] = step_beam(engine(), model, ["q\n"], PIECE, beams=3, expand=4, rounds=2)
+    lines = [[piece.removesuffix("\n") for piece in p.pieces] for p in beam]
+    assert any(p.pieces[-1].endswith("\n") for p in beam)
+    want = [s[-1] for s in score_solutions(model, TOKENIZER, [Solution("q\n", steps) for steps in lines])]
+    np.testing.assert_allclose([p.score for p in beam], want, atol=1e-6)
+
+
 @pytest.mark.errors
 def test_searches_that_cannot_be_are_refused(monkeypatch):
     flat = lambda grown: [0.0] * len(grown)
