@@ -55,6 +55,9 @@ def read_attempts(
                 f"{data}: row {i} has the prompt {prompt!r:.60}; expected a text, or messages with `content`."
             )
         answer, outcome = row.get("answer"), row.get("outcome")
+        if isinstance(answer, str) and known_answer(answer) is None and (outcome is None or cfg.stage == 2):
+            found = f"row {i} has the `answer` {answer!r:.60}"
+            raise ValueError(f"{data}: {found}; expected a number or words, or no answer would ever be right.")
         if outcome is None and isinstance(answer, str):
             outcome = same_answer(final_answer(attempt), known_answer(answer))
         if outcome not in (0, 1) or (cfg.stage == 2 and not isinstance(answer, str)):

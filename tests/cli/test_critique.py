@@ -175,6 +175,13 @@ def test_attempts_that_cannot_be_judged_are_refused(run, home, tmp_path):
     write(rows, [{"prompt": "q", "completion": "b"}])
     status, _, err = run("train", "rl", *out, *WORDS)
     assert (status, "`outcome`, 0 or 1, or else" in err) == (1, True)
+    write(rows, [{"prompt": "q", "completion": "b", "answer": " "}])
+    status, _, err = run("train", "rl", *out, *WORDS)
+    assert (status, "row 0 has the `answer` ' '; expected a number or words" in err) == (1, True)
+    write(rows, [{"prompt": "q", "completion": "b", "answer": "", "outcome": 1}])  # of no use in stage 2 alone
+    status, _, err = run("train", "rl", *out, *WORDS, *two, "--critique.actor", home / "run" / "model")
+    assert (status, "row 0 has the `answer` ''; expected a number or words" in err) == (1, True)
+    assert read_attempts(str(rows), ArithmeticConfig(), CFG, 0)[0] == 1
     with pytest.raises(ValueError, match="critique beside other rewards"):
         RlOptions(reward=("critique", "outcome"))
     assert not (tmp_path / "out").exists()
