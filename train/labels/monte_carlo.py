@@ -215,11 +215,19 @@ def _read(path: Path, cfg: MonteCarloConfig) -> tuple[dict[tuple[str, int], Row]
                 found = f"{path}: labels made with {row.get('job')}; expected {_header(cfg)}"
                 raise DataError(f"{found}. Set the same, or name another file.")
             continue
-        if row.keys() != {"problem", "step", "n", "right", "text"} or (row["problem"], row["step"]) in done:
+        if not _is_verdict(row, cfg) or (row["problem"], row["step"]) in done:
             found = f"{path.name}:{number}: {json.dumps(row)[:80]}"
             raise DataError(f"{found}; expected a step that was not there yet. Remove the file, or restore it.")
         done[row["problem"], row["step"]] = row
     return done, end
+
+
+def _is_verdict(row: Row, cfg: MonteCarloConfig) -> bool:
+    """Whether a row is one that this job could have written."""
+    kinds = {"problem": str, "step": int, "n": int, "right": int, "text": str}
+    if row.keys() != kinds.keys() or any(type(row[name]) is not kind for name, kind in kinds.items()):
+        return False
+    return row["step"] >= 1 and row["n"] in (1, cfg.n) and 0 <= row["right"] <= row["n"]
 
 
 def _lines(path: Path, data: bytes) -> Iterator[Row]:

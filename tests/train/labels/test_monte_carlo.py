@@ -294,6 +294,21 @@ def test_chats_are_rendered_by_the_caller_and_rows_are_of_the_layout(tmp_path):
         (lambda lines: [*lines, lines[1]], "expected a step that was not there yet"),
         (lambda lines: [lines[0], '{"step": 1}\n'], 'job.jsonl:2: {"step": 1}; expected a step'),
         (lambda lines: ["a poem"], "expected a file of labels, or none. Name another file"),
+        *[
+            (
+                lambda lines, new=new: [*lines[:-1], json.dumps(json.loads(lines[-1]) | new) + "\n"],
+                "expected a step that",
+            )
+            for new in (
+                {"right": 4},
+                {"right": -1},
+                {"right": "1"},
+                {"n": 0},
+                {"n": 2},
+                {"step": 0},
+                {"problem": ["a"]},
+            )
+        ],
     ],
 )
 def test_files_that_are_not_of_this_job(tmp_path, change, message):
