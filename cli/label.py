@@ -135,7 +135,7 @@ def label_steps(
 ) -> int:
     """Label every step of solutions: by how often a completer gets it right from there, or by what is known.
 
-    A labelling that was killed goes on where it was, and asks nothing twice.
+    A labelling that was killed goes on where it was, and asks nothing twice. A completion that was cut is not right.
 
     Args:
       data: rows of `label sample`, or others with id, prompt, steps and answer.
@@ -456,7 +456,7 @@ def _is_text(value: Any) -> bool:
 @contextlib.contextmanager
 def _completer(
     model: Path, temperature: float, max_new_tokens: int, dtype: FloatType | None, max_seqs: int
-) -> Iterator[tuple[Callable[..., list[list[str]]], Callable[[Mapping[str, Any], str], bool]]]:
+) -> Iterator[tuple[Callable[..., list[list[str | None]]], Callable[[Mapping[str, Any], str], bool]]]:
     """What draws completions, and what says whether a whole solution is right."""
     from ..infer.engine import Engine
     from ..infer.evaluate import final_answer, known_answer, same_answer
@@ -469,7 +469,8 @@ def _completer(
         def sample(prompts: list[str], n: int, seeds: list[int]) -> list[list[str]]:
             ask = lambda seed: Sampling(temperature=temperature, max_tokens=max_new_tokens, n=n, seed=seed)
             results = engine.generate(prompts, [ask(seed) for seed in seeds], raise_on_error=True)
-            return [[output.text or "" for output in result.outputs] for result in results]
+            whole = lambda output: (output.text or "") if output.finish_reason == "stop" else None
+            return [[whole(output) for output in result.outputs] for result in results]
 
         def check(problem: Mapping[str, Any], text: str) -> bool:
             return same_answer(final_answer(text), known_answer(problem["answer"]))

@@ -127,6 +127,17 @@ def test_a_known_answer_may_be_words(run, policy, tmp_path):
     assert [row["labels"] for row in rows_of(out)] == [[1], [0]]
 
 
+def test_a_completion_that_was_cut_makes_no_step_right(run, policy, tmp_path):
+    """The last number before the cut is often that of the step, which is the answer here."""
+    row = {"id": "a", "prompt": "ben has 3 eggs .\n", "steps": ["3 + 4 = 7", "ans 7"], "answer": "7"}
+    write(tmp_path / "rows.jsonl", [row])
+    asked = ("--data", tmp_path / "rows.jsonl", "--out", tmp_path / "mc.jsonl", "--model", policy)
+    assert run("label", "steps", *asked, "--n", 16, "--max-new-tokens", 1, "--no-early-stop")[0] == 0
+    [labelled] = rows_of(tmp_path / "mc.jsonl")
+    assert labelled["soft"][0] <= 4 / 16  # those that ended at once, which leaves the answer as it stands; 9 otherwise
+    assert labelled["soft"][1] == 1.0
+
+
 @pytest.mark.optimizer
 @pytest.mark.proof
 def test_feedback_in_words_comes_first_and_labels_second(run, policy, tmp_path):

@@ -28,7 +28,8 @@ from ..data.formats import DataError
 
 Row = dict[str, Any]
 Problem = Mapping[str, Any]  # `id`, different for each; `prompt`, `steps`, and whatever `check` wants to know
-Sample = Callable[[list[Any], int, list[int]], Sequence[Sequence[str]]]  # prompts, n, seeds -> n texts of each prompt
+# prompts, n, seeds -> n texts of each prompt; None for one that was cut, which is not right whatever it came to
+Sample = Callable[[list[Any], int, list[int]], Sequence[Sequence[str | None]]]
 Check = Callable[[Problem, str], bool]  # whether the whole solution, steps and completion, is right
 
 
@@ -164,10 +165,12 @@ def _ask(part: Sequence[Problem], step: int, sample: Sample, check: Check, rende
         raise ValueError(f"label: `sample` gave {found!r:.80} completions of step {step}; expected {wanted}.")
     rows, completions = [], iter(drawn)
     for problem, text, final in zip(part, before, finished, strict=True):
-        texts = [text] if final else [text + cfg.joiner + completion for completion in next(completions)]
+        ends = [] if final else next(completions)
+        texts = [text] if final else [text + cfg.joiner + end for end in ends if end is not None]
         right = sum(bool(check(problem, whole)) for whole in texts)
         digest = _digest(problem, step)
-        rows.append({"problem": problem["id"], "step": step, "n": len(texts), "right": right, "text": digest})
+        n = 1 if final else cfg.n
+        rows.append({"problem": problem["id"], "step": step, "n": n, "right": right, "text": digest})
     return rows
 
 

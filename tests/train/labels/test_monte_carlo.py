@@ -283,6 +283,14 @@ def test_chats_are_rendered_by_the_caller_and_rows_are_of_the_layout(tmp_path):
     assert (examples.layout, list(examples)) == ("steps", plain)
 
 
+def test_a_completion_that_was_cut_is_drawn_and_not_right(tmp_path):
+    """None of three is checked: what stands before it might end like a right answer."""
+    cut = lambda prompts, n, seeds: [[None, "5", None] for _ in prompts]
+    [row] = label([problem("a", [5, 5])], cut, check, tmp_path / "job.jsonl", CFG)
+    assert (row["soft"], row["labels"]) == ([1 / 3, 1.0], [1, 1])
+    assert json.loads((tmp_path / "job.jsonl").read_text().splitlines()[1])["n"] == 3
+
+
 @pytest.mark.errors
 @pytest.mark.parametrize(
     ("change", "message"),
