@@ -137,6 +137,8 @@ def _read(manager: ocp.CheckpointManager, step: int, like: TrainState) -> _Found
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
     folder = manager.directory / str(step)
     meta = json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
+    if not isinstance(meta, dict) or not all(isinstance(meta.get(name), dict) for name in ("data", "fingerprint")):
+        raise ValueError(f"meta/metadata is {str(meta)[:80]}; expected `data` and `fingerprint`")
     # Not by the manager: it lets processes wait for each other, and one that cannot read its part never comes.
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
         state = handler.restore(folder / "state", args=ocp.args.StandardRestore(shapes._replace(frozen={})))

@@ -116,6 +116,10 @@ DAMAGE = {
     "every file cut": lambda c: [_cut(f) for f in _files(c)],
     "the arrays are gone": lambda c: shutil.rmtree(c / "state"),
     "the description is gone": lambda c: shutil.rmtree(c / "meta"),
+    "a bit of a name in the description": lambda c: _replace(
+        c / "meta" / "metadata", b'"fingerprint"', b'"fingerprinu"'
+    ),
+    "a description of nothing": lambda c: (c / "meta" / "metadata").write_text("null"),
     "the manifest is gone": lambda c: (c / "state" / "manifest.ocdbt").unlink(),
     "an empty folder": lambda c: [shutil.rmtree(c), c.mkdir()],
     "another step's arrays": lambda c: [
@@ -128,6 +132,12 @@ DAMAGE = {
 
 def _files(folder):
     return [f for f in folder.rglob("*") if f.is_file()]
+
+
+def _replace(file, old, new):
+    raw = file.read_bytes()
+    assert old in raw
+    file.write_bytes(raw.replace(old, new))
 
 
 def _cut(file):
