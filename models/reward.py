@@ -323,6 +323,8 @@ def _load_published(folder: Path, dtype: hf.DType | None, stacked: bool, separat
             f"{folder}: no folder {FOLDER}/ and no {missing[0]}; expected a reward model, of `jaxaroo train prm` or of "
             "the Qwen2.5-Math-PRM kind. Of a plain causal model name the separator and the two tokens."
         )
+    for name in (name for name in names if len(shape := index[name].shape) != 1 + name.endswith("weight")):
+        raise CheckpointError(f"{folder}: {name} of shape {list(shape)}; expected a matrix for weights, else a vector.")
     decoder = hf.load(folder, dtype=dtype, stacked=stacked, headless=True)
     read = lambda name: jnp.asarray(np.asarray(read_tensor(index[name]), np.float32))
     head = {ours: {part: read(f"{name}.{part}") for part in ("weight", "bias")} for ours, name in _PUBLISHED.items()}

@@ -289,6 +289,9 @@ def test_folders_that_hold_no_reward_model_say_so(tmp_path):
     published(tmp_path / "odd", **{"score.0.bias": np.zeros(7, np.float32)})
     with pytest.raises(CheckpointError, match="a head of shapes"):
         load(tmp_path / "odd", separator="<|sep|>")
+    published(tmp_path / "flat", **{"score.2.weight": np.zeros((), np.float32)})
+    with pytest.raises(CheckpointError, match=r"score\.2\.weight of shape \[\]; expected a matrix"):
+        load(tmp_path / "flat", separator="<|sep|>")
     with pytest.raises(CheckpointError, match="found '<extra_0>', tokens"):
         load(tmp_path / "odd")
 
