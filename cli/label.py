@@ -74,6 +74,8 @@ def label_sample(
         raise UsageError(
             f"label sample: --samples {samples}, --temperature {temperature}; expected some, all different."
         )
+    if first < 0 or (limit is not None and limit < 1):
+        raise UsageError(f"label sample: --first {first}, --limit {limit}; expected 0 or more, and 1 or more.")
     if data == "builtin:arithmetic":
         hard = ArithmeticConfig(level=arithmetic_level, hi=arithmetic_hi)
         problems = [_arithmetic(hard, i) for i in range(first, first + (limit or 1000))]
