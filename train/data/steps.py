@@ -176,9 +176,13 @@ def weigh_negatives(examples: Sequence[Mapping[str, Any]], cfg: StepsConfig, wan
     Raises:
       ValueError: if all solutions that weigh anything hold a wrong step, or none does.
     """
-    targets = (step_targets(row[cfg.column], cfg) for row in (examples[i] for i in range(len(examples))))
-    bad = np.array([any(t is not None and t <= cfg.wrong for t in each) for each in targets])
-    own = np.array([examples[i].get("weight", 1.0) for i in range(len(examples))], np.float64)  # shares are of weight
+
+    def told(row: Mapping[str, Any]) -> tuple[bool, float]:
+        targets = step_targets(row[cfg.column], cfg)
+        return any(t is not None and t <= cfg.wrong for t in targets), row.get("weight", 1.0)
+
+    found = [told(examples[i]) for i in range(len(examples))]
+    bad, own = np.array([b for b, _ in found]), np.array([w for _, w in found], np.float64)  # shares are of weight
     share = float(own[bad].sum() / own.sum()) if own.any() else 0.0
     if share in (0.0, 1.0):
         raise ValueError(f"train: {share:.0%} of the solutions hold a wrong step; expected some of both to weigh.")
