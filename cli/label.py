@@ -468,7 +468,7 @@ def _completer(
 
     with Engine(load(model, dtype=dtype), load_tokenizer(model), max_seqs=max_seqs) as engine:
 
-        def sample(prompts: list[str], n: int, seeds: list[int]) -> list[list[str]]:
+        def sample(prompts: list[str], n: int, seeds: list[int]) -> list[list[str | None]]:
             ask = lambda seed: Sampling(temperature=temperature, max_tokens=max_new_tokens, n=n, seed=seed)
             results = engine.generate(prompts, [ask(seed) for seed in seeds], raise_on_error=True)
             whole = lambda output: (output.text or "") if output.finish_reason == "stop" else None
