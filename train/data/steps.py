@@ -182,10 +182,8 @@ def weigh_negatives(examples: Sequence[Mapping[str, Any]], cfg: StepsConfig, wan
         return any(t is not None and t <= cfg.wrong for t in targets), row.get("weight", 1.0)
 
     found = [told(examples[i]) for i in range(len(examples))]
-    bad, own = (
-        np.array([b for b, _ in found], bool),
-        np.array([w for _, w in found], np.float64),
-    )  # shares are of weight
+    bad = np.array([is_bad for is_bad, _ in found], bool)
+    own = np.array([weight for _, weight in found], np.float64)  # shares are of weight
     share = float(own[bad].sum() / own.sum()) if own.any() else 0.0
     if not (own[bad].any() and own[~bad].any()):
         raise ValueError(f"train: {share:.0%} of the solutions hold a wrong step; expected some of both to weigh.")
