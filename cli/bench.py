@@ -58,6 +58,8 @@ def bench_speculative(
         raise UsageError("bench speculative: expected --drafter, a folder or lookup.")
     if batch < 1 or repeats < 1:
         raise UsageError(f"bench speculative: --batch {batch}, --repeats {repeats}; expected at least 1 of each.")
+    if out.is_file():
+        raise UsageError(f"bench speculative: --out {out} is a file; expected a folder, or nothing yet.")
     questions = read_questions(prompts)[:limit]
     loaded, at_width = load_model(model, dtype=dtype, bits=bits)
     tokenizer = load_tokenizer(model)

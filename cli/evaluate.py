@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 import tyro
 
 from ..infer.guided.settings import GuideConfig
-from .output import Bits, FloatType, UsageError, dumps, load_model, problems
+from .output import Bits, FloatType, UsageError, dumps, expect_files, load_model, problems, write_whole
 
 
 def eval_lm(
@@ -119,6 +119,7 @@ def eval_answers(
     from ..infer.sampling import Sampling
     from ..models.tokenizer import load_tokenizer
 
+    expect_files("eval answers", out=out)
     if samples > 1 and temperature == 0:
         raise UsageError("eval answers: --samples above 1 needs a --temperature above 0, or all are the same.")
     questions = []
@@ -133,7 +134,7 @@ def eval_answers(
         report = evaluate_answers(engine, questions, settings, samples=samples, progress=not json)
     result = {name: value for name, value in report._asdict().items() if name != "rows"}
     if out is not None:
-        out.write_text("".join(dumps(row) + "\n" for row in report.rows), encoding="utf-8")
+        write_whole(out, "".join(dumps(row) + "\n" for row in report.rows))
     low, high = report.interval
     line = f"accuracy {report.accuracy:.4f} (95 %: {low:.4f} to {high:.4f}) over {report.n} questions"
     most = max(report.pass_at)
@@ -141,9 +142,7 @@ def eval_answers(
         "" if report.majority is None else f"; majority {report.majority:.4f}, pass@{most} {report.pass_at[most]:.4f}"
     )
     print(dumps(result) if json else line + more)
-    if report.failed:
-        first = next(row["error"] for row in report.rows if row["error"])
-        print(f"warning: {report.failed} questions were not answered, the first: {first}", file=sys.stderr)
+    _warn(report)
     return 0
 
 
@@ -176,7 +175,7 @@ def eval_prm(
       threshold: a step that scores less is taken to be wrong, without --tune.
       dtype: of weights and activations; float32 on CPU and bfloat16 elsewhere when not given.
       out: JSONL file for the rows with their `scores`.
-      plot: PNG file for the reliability diagram.
+      plot: PNG, PDF or SVG file for the reliability diagram.
       arithmetic_level: kind of the embedded problems, 1 to 4.
       arithmetic_hi: size of their numbers.
       json: print one JSON object.
@@ -186,6 +185,7 @@ def eval_prm(
     from ..models.reward import load
     from ..models.tokenizer import load_tokenizer
 
+    expect_files("eval prm", out=out, plot=plot)
     loaded, tokenizer = load(model, dtype=dtype, separator=separator), load_tokenizer(model)
 
     def scored(source: str) -> list[tuple[dict[str, Any], Any]]:
@@ -201,7 +201,7 @@ def eval_prm(
     tuning = [steps for _, steps in scored(tune)] if tune else ()
     report = evaluate_steps([steps for _, steps in found], threshold=threshold, tuning=tuning)
     if out is not None:
-        out.write_text("".join(dumps(row) + "\n" for row, _ in found), encoding="utf-8")
+        write_whole(out, "".join(dumps(row) + "\n" for row, _ in found))
     if plot is not None:
         plot_reliability(plot, report.reliability)
     show = lambda value: "not defined" if value is None else f"{value:.4f}"
@@ -252,7 +252,7 @@ def eval_best_of_n(
       dtype: of weights and activations; float32 on CPU and bfloat16 elsewhere when not given.
       max_seqs: answers written at the same time.
       out: JSONL file for questions, answers, verdicts and step scores.
-      plot: PNG file for the curves.
+      plot: PNG, PDF or SVG file for the curves.
       arithmetic_level: kind of the embedded problems, 1 to 4.
       arithmetic_hi: size of their numbers.
       json: print one JSON object.
@@ -267,16 +267,19 @@ def eval_best_of_n(
     from ..models.tokenizer import load_tokenizer
     from ..train.data.steps import split_steps
 
+    expect_files("eval best-of-n", out=out, plot=plot)
     if samples < 2 or temperature == 0:
         raise UsageError(
             f"eval best-of-n: --samples {samples}, --temperature {temperature}; expected answers to choose."
         )
+    hf.read_config(model)  # a folder that is none is told before hours of answers
     questions = [
         Question(row["prompt"], row["answer"]) for row in problems(data, "auto", limit, arithmetic_level, arithmetic_hi)
     ]
     sampling = Sampling(temperature=temperature, max_tokens=max_new_tokens, seed=seed)
     with Engine(hf.load(policy, dtype=dtype), load_tokenizer(policy), max_seqs=max_seqs) as engine:
-        answered = evaluate_answers(engine, questions, sampling, samples=samples, progress=not json).rows
+        report = evaluate_answers(engine, questions, sampling, samples=samples, progress=not json)
+    answered = report.rows
     loaded, tokenizer = reward.load(model, dtype=dtype, separator=separator), load_tokenizer(model)
     solutions = [
         Solution(row["prompt"], [text[a:b] for a, b in split_steps(text)]) for row in answered for text in row["texts"]
@@ -284,13 +287,16 @@ def eval_best_of_n(
     scores = iter(score_solutions(loaded, tokenizer, solutions, batch=batch, progress=not json))
     candidates = []
     for row in answered:
-        finals = [final_answer(text) for text in row["texts"]]
+        missing = samples - len(row["texts"])  # all, if the policy could not be asked: nothing right to choose from
+        finals = [final_answer(text) for text in row["texts"]] + [None] * missing
         row["scores"] = [next(scores) for _ in row["texts"]]
         # an answer that was cut, or gives none, is malformed
-        whole = [f is not None and why == "stop" for f, why in zip(finals, row["finish_reasons"], strict=True)]
-        steps = [s if ok else [] for s, ok in zip(row["scores"], whole, strict=True)]
+        whole = [f is not None and why == "stop" for f, why in zip(finals, row["finish_reasons"], strict=False)]
+        steps = [s if ok else [] for s, ok in zip(row["scores"], whole, strict=True)] + [[]] * missing
         worths = {how: [aggregate(s, how) for s in steps] for how in get_args(Aggregator)}
         candidates.append(Candidates(row["correct"], finals, worths))
+    if out is not None:
+        write_whole(out, "".join(dumps(row) + "\n" for row in answered))
     found = curves(candidates, seed=seed)
     # A scorer may know which questions are hard, and nothing of which answer is right: then only the first is high.
     number = [i for i, c in enumerate(candidates) for _ in c.right]
@@ -299,10 +305,9 @@ def eval_best_of_n(
     for how in get_args(Aggregator):
         worth = [max(score, -1.0) for c in candidates for score in c.scores[how]]  # malformed ones are the worst
         told[how], within[how] = auroc(worth, right), within_question_auroc(worth, right, number)
-    if out is not None:
-        out.write_text("".join(dumps(row) + "\n" for row in answered), encoding="utf-8")
     if plot is not None:
         plot_best_of_k(plot, found)
+    _warn(report)
     if json:
         print(dumps(found._asdict() | {"auroc": told, "within_question_auroc": within}))
         return 0
@@ -318,6 +323,12 @@ def eval_best_of_n(
 
 
 # ----------------------------------------------------------------------------------------------------------- private
+def _warn(report: Any) -> None:
+    if report.failed:
+        first = next(row["error"] for row in report.rows if row["error"])
+        print(f"warning: {report.failed} questions were not answered, the first: {first}", file=sys.stderr)
+
+
 def _solutions(data: str, limit: int | None, level: int, hi: int) -> Iterator[Any]:
     """Labelled solutions: rows of layout `steps`."""
     from ..train.data.arithmetic import ArithmeticConfig

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .output import FloatType, UsageError, dumps
+from .output import FloatType, UsageError, dumps, write_whole
 from .shards import shard_of
 
 Row = dict[str, Any]
@@ -532,10 +532,4 @@ def _mark(model: Path) -> str:
 
 
 def _write(path: Path, rows: Iterable[Row]) -> None:
-    """All rows or, if something goes wrong, the file as it was."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text("".join(dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, "".join(dumps(row) + "\n" for row in rows))

@@ -3,14 +3,13 @@
 import contextlib
 import dataclasses
 import json as jsonlib
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from .output import UsageError, dumps
+from .output import UsageError, dumps, write_whole
 
 LEARNED = "Here"  # is given, and all that follows in a wrapped text is learned: at this border no tokenizer merges
 LISTS = 8  # batches that training sorts by length and deals at random, see train/data/pipeline.py
@@ -237,7 +236,7 @@ def _learn(settings: Any, rows: list[dict[str, Any]], progress: bool) -> Any:
 
     path, text = Path(settings.data), "".join(dumps(row) + "\n" for row in rows)
     if not (settings.out / "config.yaml").is_file():
-        _write(path, text)
+        write_whole(path, text)
         return start("sft", settings, progress=progress)
     kind, then, _ = read_run(settings.out)
     old, new = (_flat(dataclasses.asdict(each)) for each in (then, settings))
@@ -317,18 +316,11 @@ def _ask(
 
 
 def _save(out: Path, report: dict[str, Any], test: _Part, scores: dict[str, Any]) -> None:
-    _write(out / "membership.json", jsonlib.dumps(report, indent=2) + "\n")
+    write_whole(out / "membership.json", jsonlib.dumps(report, indent=2) + "\n")
     columns = {"row": test.rows, "label": test.labels, **{name: values.tolist() for name, values in scores.items()}}
     lines = (dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True))
-    _write(out / "scores.jsonl", "".join(dumps(line) + "\n" for line in lines))
+    write_whole(out / "scores.jsonl", "".join(dumps(line) + "\n" for line in lines))
     print(f"wrote {out / 'membership.json'} and {out / 'scores.jsonl'}", file=sys.stderr)
-
-
-def _write(path: Path, text: str) -> None:
-    """The whole file, or none."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _table(report: dict[str, Any]) -> Iterator[str]:

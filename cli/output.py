@@ -1,7 +1,8 @@
-"""What commands share: the error of a misused one, the types of their options, JSON, files that are gone on with."""
+"""What commands share: the error of a misused one, the types of their options, JSON, files."""
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 Bits = Annotated[str, tyro.conf.arg(metavar="WIDTH[,WIDTH...]")]
+PICTURES = ".png", ".pdf", ".svg"
 FloatType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -96,6 +98,33 @@ def problems(data: str, layout: Any, limit: int | None, level: int, hi: int) -> 
     else:
         examples = open_examples(Path(data), layout, progress=True)
     yield from (examples[i] for i in range(min(len(examples), limit or len(examples))))
+
+
+def expect_files(command: str, **files: Path | None) -> None:
+    """Refuse what could not be written when hours of work are done.
+
+    Args:
+      command: as one types it.
+      files: by flag; None was not asked for, and `plot` is a picture.
+    """
+    for flag, path in files.items():
+        if path is None:
+            continue
+        if path.is_dir() or not path.parent.is_dir():
+            found = f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+            raise UsageError(f"{command}: --{flag}: {found}; expected a file in a folder that is there.")
+        if flag == "plot" and path.suffix.lower() not in PICTURES:
+            raise UsageError(f"{command}: --plot {path}: expected a name that ends in {', '.join(PICTURES)}.")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file with this text or, if something goes wrong, as it was."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def cut_half_line(path: Path) -> int:

@@ -98,7 +98,7 @@ class Engine:
           model: config and parameters, as `jaxaroo.load` gives them; stacked layers are unstacked. It is served on the
             mesh that they lie on (`devices.py`).
           tokenizer: needed for text, chat and stop strings; token ids work without.
-          max_len: tokens per sequence, prompt and answer together; None is what the model was trained for.
+          max_len: tokens per sequence, prompt and answer together; None is what the model and a guide can take.
           max_seqs: sequences decoded at the same time.
           kv_dtype: of keys and values, int8 and int4 with a scale a row; None is that of the activations.
           logprobs_mode: report the model's own distribution, or the one sampled from (policy-gradient training).
@@ -119,13 +119,14 @@ class Engine:
             raise ValueError(f"Engine: max_seqs={max_seqs}; expected at least 1.")
         if logprobs_mode not in ("raw", "processed"):
             raise ValueError(f"Engine: logprobs_mode={logprobs_mode!r}; expected 'raw' or 'processed'.")
-        arms = speculation.arms if speculation else ()
+        arms, positions = speculation.arms if speculation else (), model.config.max_positions
         for drafter in arms:
             loop.check(drafter, speculation.verifier)  # type: ignore[union-attr]
         if guidance is not None:
             if speculation is not None:
                 raise ValueError("Engine: both speculation and guidance; expected one: a guide chooses every token.")
             value_guided.check(guidance.guide, model.config)
+            positions = min(positions, guidance.guide.reward.target.max_positions)
         if speculate not in ("auto", "on", "off"):
             raise ValueError(f"Engine: speculate={speculate!r}; expected 'auto', 'on' or 'off'.")
         self.config, self.tokenizer = model.config, tokenizer
@@ -137,14 +138,13 @@ class Engine:
         self._pace = controller.init(_PACE, (0, *(drafter.depth for drafter in arms)))
         self._compiled: set[tuple[int, ...]] = set()  # arms and shapes that have run: the first call says nothing
         self._catch_up = 0.0  # seconds it took last
-        self.max_len, self.max_seqs = max_len or model.config.max_positions, max_seqs
+        self.max_len, self.max_seqs = max_len or positions, max_seqs
         self._kv_dtype, self._mode = kv_dtype, logprobs_mode
         self._eos = frozenset(model.config.eos_ids) | frozenset(tokenizer.eos_ids if tokenizer else ())
         self._seeds = np.random.default_rng(seed)
         self._ids = itertools.count()
         self._lock = threading.Lock()
-        self._active: set[str] = set()
-        self._aborted: set[str] = set()
+        self._active, self._aborted = set[str](), set[str]()
         self._emitted = np.zeros(speculation.drafter.depth + 2 if speculation else 2, np.int64)
         self._counting = threading.Lock()
         self._stats = dict.fromkeys(_COUNTERS, 0) | {"prefill_seconds": 0.0, "decode_seconds": 0.0}

@@ -67,6 +67,26 @@ def test_questions_that_could_not_be_asked_are_told(run, speaking, tmp_path):
     assert "warning: 1 questions were not answered, the first: max_tokens: found 500" in err
 
 
+@pytest.mark.slow
+def test_a_question_that_could_not_be_asked_has_no_right_answer_to_choose(run, speaking, rewarding, tmp_path):
+    rows = [{"prompt": "q " * n, "answer": "1"} for n in (1, 100)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ("eval", "best-of-n", "--policy", speaking, "--model", rewarding, "--data", tmp_path / "rows.jsonl")
+    status, out, err = run(*asked, "--samples", 2, "--max-new-tokens", 8, "--out", tmp_path / "a.jsonl", "--json")
+    assert (status, json.loads(out)["questions"]) == (0, 2)
+    assert "warning: 1 questions were not answered, the first: " in err
+    assert [len(json.loads(line)["texts"]) for line in (tmp_path / "a.jsonl").read_text().splitlines()] == [2, 0]
+
+
+@pytest.mark.errors
+def test_files_that_could_not_be_written_are_refused_before_anything_is_read(run, tmp_path):
+    for argv in ("answers --model x", "prm --model x", "best-of-n --policy x --model x"):
+        status, _, err = run("eval", *argv.split(), "--data", "y", "--out", tmp_path / "no" / "a.jsonl")
+        assert (status, "there is no folder" in err) == (2, True)
+    status, _, err = run("eval", "best-of-n", "--policy", tmp_path / "later", "--model", tmp_path / "x", "--data", "y")
+    assert (status, str(tmp_path / "x") in err) == (1, True)  # the policy, which would answer first, is not there either
+
+
 @pytest.fixture(scope="module")
 def rewarding(speaking, tmp_path_factory):
     """A reward model that knows nothing, beside the model that speaks."""

@@ -156,6 +156,14 @@ def test_an_engine_is_guided_in_slots_that_refill():
     assert answers == [line[len(p) :] for line, p in zip(guided(guidance), PROMPTS, strict=True)]
 
 
+def test_texts_are_as_long_as_the_guide_can_read():
+    short = RewardModel(RewardConfig(target=DecoderConfig(**{**vars(SMALL), "max_positions": 24}), separator=3), {})
+    guidance = ivo(short, beta=1.0)
+    assert Engine(policy(), guidance=guidance).max_len == 24
+    assert Engine(policy(), guidance=guidance, max_len=30).max_len == 30  # who asks for more may have it
+    assert Engine(policy(), guidance=ivo(reward(), beta=1.0)).max_len == 128
+
+
 @pytest.mark.errors
 def test_guides_that_do_not_fit_are_refused():
     other = DecoderConfig(**{**vars(SMALL), "vocab_size": 40})
