@@ -39,7 +39,8 @@ def label_sample(
     """Let a policy solve problems, and write its solutions as rows of steps, a line each.
 
     Rows hold id, prompt, steps, answer and outcome; of the embedded task also `truth`, its checker's label of every
-    step, and `feedback`, what there is to say of each. What the file holds already is kept.
+    step, and `feedback`, what there is to say of each. A problem too long for the policy has rows without steps, with
+    its `error`. What the file holds already is kept.
 
     Args:
       model: folder of the policy.
@@ -88,7 +89,7 @@ def label_sample(
             print(f"{whole} is whole", file=sys.stderr)
             return 0
     done = _solved(out, problems, samples)
-    rest, wave = problems[done:], max(1, 16 * max_seqs // samples)
+    rest, wave, asked = problems[done:], max(1, 16 * max_seqs // samples), done > 0
     with (
         Engine(load(model, dtype=dtype), load_tokenizer(model), max_seqs=max_seqs) as engine,
         out.open("a", encoding="utf-8") as file,
@@ -97,8 +98,17 @@ def label_sample(
         for part in (rest[i : i + wave] for i in range(0, len(rest), wave)):
             ask: Any = dict(temperature=temperature, max_tokens=max_new_tokens, n=samples)
             settings = [Sampling(**ask, seed=step_seed(seed, problem["id"], 0)) for problem in part]
-            results = engine.generate([problem["prompt"] for problem in part], settings, raise_on_error=True)
+            results = engine.generate([problem["prompt"] for problem in part], settings)
+            errors = [result.error for result in results if result.error]
+            asked = asked or len(errors) < len(part)
+            if not asked or any(error.kind == "numerical_error" for error in errors):
+                raise errors[0]  # not of a prompt, but of the settings or the model
             for problem, result in zip(part, results, strict=True):
+                if result.error:  # so that those behind it are asked, and the file can be gone on with
+                    tqdm.write(f"label sample: problem {problem['id']} was not asked: {result.error}", file=sys.stderr)
+                    empty = {"steps": [], "answer": problem["answer"], "outcome": 0, "error": result.error.message}
+                    for i in range(samples):
+                        file.write(dumps({"id": f"{problem['id']}:{i}", "prompt": problem["prompt"]} | empty) + "\n")
                 for i, output in enumerate(result.outputs):
                     text = output.text or ""
                     steps = [text[a:b] for a, b in split_steps(text)]

@@ -84,7 +84,10 @@ def test_files_that_could_not_be_written_are_refused_before_anything_is_read(run
         status, _, err = run("eval", *argv.split(), "--data", "y", "--out", tmp_path / "no" / "a.jsonl")
         assert (status, "there is no folder" in err) == (2, True)
     status, _, err = run("eval", "best-of-n", "--policy", tmp_path / "later", "--model", tmp_path / "x", "--data", "y")
-    assert (status, str(tmp_path / "x") in err) == (1, True)  # the policy, which would answer first, is not there either
+    assert (status, str(tmp_path / "x") in err) == (
+        1,
+        True,
+    )  # the policy, which would answer first, is not there either
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,24 @@ def test_sampled_solutions_are_rows_of_steps_and_a_killed_job_goes_on(run, polic
 
 
 @pytest.mark.slow
+def test_a_problem_too_long_for_the_policy_keeps_none_from_being_asked(run, policy, tmp_path):
+    write(tmp_path / "rows.jsonl", [{"prompt": "ben has 3 eggs .\n" * n, "answer": "7"} for n in (1, 99, 1)])
+    base = ("label", "sample", "--model", policy, "--data", tmp_path / "rows.jsonl", "--samples", 2, "--max-seqs", 1)
+    status, _, err = run(*base, "--max-new-tokens", 4, "--out", tmp_path / "o.jsonl")
+    assert (status, "problem 1 was not asked: " in err) == (0, True)
+    rows = rows_of(tmp_path / "o.jsonl")
+    assert [row["id"] for row in rows] == ["0:0", "0:1", "1:0", "1:1", "2:0", "2:1"]
+    assert [(row["steps"], row["outcome"], "error" in row) for row in rows[2:4]] == [([], 0, True)] * 2
+    assert not any("error" in row for row in (*rows[:2], *rows[4:]))
+    whole = (tmp_path / "o.jsonl").read_bytes()
+    (tmp_path / "o.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))
+    assert run(*base, "--max-new-tokens", 4, "--out", tmp_path / "o.jsonl")[0] == 0
+    assert (tmp_path / "o.jsonl").read_bytes() == whole
+    status, _, err = run(*base, "--max-new-tokens", 500, "--out", tmp_path / "n.jsonl")
+    assert (status, "max_tokens: found 500" in err) == (1, True)  # of which no problem is the reason
+
+
+@pytest.mark.slow
 def test_steps_are_labelled_by_completions_truth_or_outcome_and_files_can_agree(run, policy, tmp_path):
     rows = [
         {"id": "a", "prompt": "ben has 3 eggs .\n", "steps": ["3 + 4 = 7", "ans 7"], "answer": "7"}
