@@ -143,6 +143,8 @@ def _lookup(cfg: SpeculationConfig) -> Drafter:
 
 def _half(cfg: SpeculationConfig, make: Callable[[SpeculationConfig], Drafter], least: int = 1) -> tuple[Drafter, ...]:
     """The same drafter with half the depth, for texts where long drafts do not pay; none where it cannot be shorter."""
+    if cfg.chains > 1:  # each step feeds what the chains of one as deep may have left wrong in the cache
+        return ()
     levels = max(least, cfg.levels // 2)
     nodes = max(2, min(cfg.nodes // 4, 1 + cfg.beam ** min(levels, 2)))  # no more than so many levels hold
     half = dataclasses.replace(cfg, drafts=cfg.drafts // 2 or 1, levels=levels, nodes=nodes)
@@ -223,6 +225,8 @@ def _only(cfg: SpeculationConfig, name: str, shapes: tuple[str, ...], *, stops=F
             f"speculation: stop_rule={cfg.stop_rule!r} with {name}; expected 'none'. Kangaroo and small models "
             "have stop rules."
         )
+    if cfg.chains > 1 and name != "small model":
+        raise ValueError(f"speculation: chains={cfg.chains} with {name}; expected 1. A small model drafts several.")
     if cfg.draw != "auto" and not drawn:
         raise ValueError(
             f"speculation: draw={cfg.draw!r} with {name}; expected 'auto', for it copies and draws nothing."

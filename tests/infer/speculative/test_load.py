@@ -131,6 +131,7 @@ def test_heads_come_with_their_thresholds(folders):
         ("small", {"drafts": 5}, "small model, 1 x 2, shared"),
         ("small", {"drafts": 1}, None),
         ("small", {"verifier": "rejection"}, None),  # where the clock must not choose
+        ("small", {"chains": 2, "draw": "independent"}, None),  # a short step would not feed what a long one left
         ("eagle", {"shape": "static"}, None),
     ],
 )
@@ -201,6 +202,8 @@ def test_lookup_needs_no_folder():
         ("eagle", {"verifier": "k-seq"}, "expected"),
         ("kangaroo", {"shape": "static"}, "shape='static' with kangaroo"),
         ("small", {"chains": 2}, "would be one chain"),
+        ("eagle", {"chains": 2}, "chains=2 with eagle; expected 1"),
+        ("lookup", {"chains": 2}, "chains=2 with lookup; expected 1"),
         ("eagle", {"stop_rule": "head", "stop_head": "small head"}, "stop_rule='head' with eagle"),
         ("jakiro", {"stop_rule": "head", "stop_head": "small head"}, "stop_rule='head' with jakiro"),
         ("lookup", {"stop_rule": "head", "stop_head": "small head"}, "stop_rule='head' with lookup"),
