@@ -358,6 +358,8 @@ def read_solutions(path: Path, instead: str | None = None) -> list[Row]:
     rows, wanted = [], "`prompt` and `steps`, texts" + (f", or `{instead}`" if instead else "")
     with path.open(encoding="utf-8") as file:  # whose lines end with newlines: U+2028 may stand in a JSON string
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
                 row = jsonlib.loads(line)
             except ValueError:

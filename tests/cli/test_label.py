@@ -106,6 +106,8 @@ def test_steps_are_labelled_by_completions_truth_or_outcome_and_files_can_agree(
         | {"outcome": 0, "truth": [0, 0]},
     ]
     write(tmp_path / "rows.jsonl", rows)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write("\n")  # of no row, here as in every file of rows
     base = ("label", "steps", "--data", tmp_path / "rows.jsonl", "--out")
     assert run(*base, tmp_path / "truth.jsonl", "--by", "truth")[0] == 0
     assert [row["labels"] for row in rows_of(tmp_path / "truth.jsonl")] == [[1, 1], [0, 0]]
