@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from ..infer.speculative.settings import SpeculationConfig
-from .output import Bits, FloatType, UsageError, dumps, load_model
+from .output import Bits, FloatType, UsageError, check_limit, dumps, load_model
 
 
 def bench_speculative(
@@ -60,6 +60,7 @@ def bench_speculative(
         raise UsageError(f"bench speculative: --batch {batch}, --repeats {repeats}; expected at least 1 of each.")
     if out.is_file():
         raise UsageError(f"bench speculative: --out {out} is a file; expected a folder, or nothing yet.")
+    check_limit(limit)
     questions = read_questions(prompts)[:limit]
     loaded, at_width = load_model(model, dtype=dtype, bits=bits)
     tokenizer = load_tokenizer(model)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 import tyro
 
 from ..infer.guided.settings import GuideConfig
-from .output import Bits, FloatType, UsageError, dumps, expect_files, load_model, problems, write_whole
+from .output import Bits, FloatType, UsageError, check_limit, dumps, expect_files, load_model, problems, write_whole
 
 
 def eval_lm(
@@ -335,6 +335,7 @@ def _solutions(data: str, limit: int | None, level: int, hi: int) -> Iterator[An
     from ..train.data.formats import open_examples
     from ..train.labels.truth import ArithmeticSolutions, SolutionsConfig
 
+    check_limit(limit)
     if data == "builtin:arithmetic":
         cfg = SolutionsConfig(problems=ArithmeticConfig(level=level, hi=hi))
         examples: Any = ArithmeticSolutions(cfg, "test", limit or 1000)

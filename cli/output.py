@@ -92,12 +92,19 @@ def problems(data: str, layout: Any, limit: int | None, level: int, hi: int) -> 
     from ..train.data.arithmetic import ArithmeticConfig, ArithmeticExamples
     from ..train.data.formats import open_examples
 
+    check_limit(limit)
     if data == "builtin:arithmetic":
         number = 200 if layout == "auto" else 1000
         examples: Any = ArithmeticExamples(ArithmeticConfig(level=level, hi=hi), "test", limit or number)
     else:
         examples = open_examples(Path(data), layout, progress=True)
     yield from (examples[i] for i in range(min(len(examples), limit or len(examples))))
+
+
+def check_limit(limit: int | None) -> None:
+    """Refuse a number of rows that is none."""
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit}: expected at least 1, or no --limit for all.")
 
 
 def expect_files(command: str, **files: Path | None) -> None:

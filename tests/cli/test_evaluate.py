@@ -46,6 +46,16 @@ def test_eval_lm_scores_completions_or_a_text(run, trained):
         ("eval answers --model {folder}/run/model --data {folder}/pairs.jsonl", 1, "expected an `answer`"),
         ("eval answers --model {folder}/run/model --data {folder}/rows.jsonl --samples 2", 2, "--temperature above 0"),
         ("eval lm --model {folder}/run/model --data {folder}/rows.jsonl --tensor 9", 2, "--tensor 9: found 8 devices"),
+        (
+            "eval answers --model {folder}/run/model --data {folder}/rows.jsonl --limit 0",
+            2,
+            "--limit 0: expected",
+        ),
+        (
+            "eval lm --model {folder}/run/model --data {folder}/rows.jsonl --limit -1",
+            2,
+            "--limit -1: expected",
+        ),
         ("eval lm --model {folder}/nothing --data {folder}/rows.jsonl", 1, "nothing"),
     ],
 )
