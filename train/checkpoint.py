@@ -2,13 +2,15 @@
 
 A step's folder appears under its number only once it is complete (Orbax writes elsewhere and renames), and the writing
 goes on behind the next steps. Beside the arrays stands a fingerprint of their bits, taken on the devices before the
-save began; a checkpoint whose arrays do not have it, or that cannot be read, is set aside and the one before it used.
+save began, and one of the position; a checkpoint that does not have them, or that cannot be read, is set aside and the
+one before it used.
 """
 
 import contextlib
 import dataclasses
 import json
 import logging
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,7 +75,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, data: Mapping[str, A
     step = int(state.step)
     if step in manager.all_steps():
         return
-    prints = _fingerprint(state)
+    prints = _fingerprint(state) | {"data": _print_of_json(dict(data))}
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(state._replace(frozen={})),
         meta=ocp.args.JsonSave({"data": dict(data), "fingerprint": prints}),
@@ -146,9 +148,9 @@ def _read(manager: ocp.CheckpointManager, step: int, like: TrainState) -> _Found
 
 
 def _difference(found: _Found) -> str | None:
-    """In what the arrays are not those that were saved."""
+    """In what it is not what was saved."""
     wanted = found.meta["fingerprint"]
-    got = _fingerprint(found.state)
+    got = _fingerprint(found.state) | {"data": _print_of_json(found.meta["data"])}
     if wrong := sorted(name for name in wanted | got if wanted.get(name) != got.get(name)):
         return f"bits of {', '.join(wrong[:3])} are not those that were saved"
     inside = int(found.state.step)
@@ -172,6 +174,10 @@ def _fingerprint(tree: Any) -> dict[str, int]:
     """
     leaves = jax.tree_util.tree_leaves_with_path(jax.block_until_ready(tree))
     return {jax.tree_util.keystr(path): int(jax.block_until_ready(_print_of(leaf))) for path, leaf in leaves}
+
+
+def _print_of_json(value: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 @jax.jit

@@ -119,6 +119,7 @@ DAMAGE = {
     "a bit of a name in the description": lambda c: _replace(
         c / "meta" / "metadata", b'"fingerprint"', b'"fingerprinu"'
     ),
+    "another place in the data": lambda c: _replace(c / "meta" / "metadata", b'_index": 5', b'_index": 6'),
     "a description of nothing": lambda c: (c / "meta" / "metadata").write_text("null"),
     "the manifest is gone": lambda c: (c / "state" / "manifest.ocdbt").unlink(),
     "an empty folder": lambda c: [shutil.rmtree(c), c.mkdir()],
