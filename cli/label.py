@@ -147,7 +147,8 @@ def label_steps(
 ) -> int:
     """Label every step of solutions: by how often a completer gets it right from there, or by what is known.
 
-    A labelling that was killed goes on where it was, and asks nothing twice. A completion that was cut is not right.
+    A labelling that was killed goes on where it was, and asks nothing twice. A completion that was cut is not right;
+    solutions that leave no room for one are left out.
 
     Args:
       data: rows of `label sample`, or others with id, prompt, steps and answer.
@@ -193,7 +194,16 @@ def label_steps(
             seed=seed,
             completer=f"{_mark(model)}, temperature {temperature:g}, {max_new_tokens} tokens",
         )
-        with _completer(model, temperature, max_new_tokens, dtype, max_seqs) as (sample, check):
+        with _completer(model, temperature, max_new_tokens, dtype, max_seqs) as (sample, check, fits):
+            before = lambda row: row["prompt"] + cfg.joiner.join([*row["steps"][:-1], ""])  # the most that is asked
+            several = [i for i, row in enumerate(rows) if len(row["steps"]) > 1 and _is_text(row["prompt"])]
+            long = {i for i in several if not fits(before(rows[i]))}
+            if long:
+                if len(long) == len(rows):
+                    raise ValueError(f"label steps: --max-new-tokens {max_new_tokens} fits behind no row of {data}.")
+                found = f"{len(long)} solutions are too long for the completer, the first {rows[min(long)].get('id')}"
+                print(f"label steps: {found}; they are left out.", file=sys.stderr)
+                rows = [row for i, row in enumerate(rows) if i not in long]
             labelled = label(rows, sample, check, job or out.with_suffix(".job.jsonl"), cfg, progress=True)
     elif by == "truth":
         labelled = [{**row, "labels": row["truth"]} for row in rows]
@@ -470,15 +480,18 @@ def _is_text(value: Any) -> bool:
 @contextlib.contextmanager
 def _completer(
     model: Path, temperature: float, max_new_tokens: int, dtype: FloatType | None, max_seqs: int
-) -> Iterator[tuple[Callable[..., list[list[str | None]]], Callable[[Mapping[str, Any], str], bool]]]:
-    """What draws completions, and what says whether a whole solution is right."""
+) -> Iterator[
+    tuple[Callable[..., list[list[str | None]]], Callable[[Mapping[str, Any], str], bool], Callable[[str], bool]]
+]:
+    """What draws completions, what says whether a whole solution is right, and whether there is room behind a text."""
     from ..infer.engine import Engine
     from ..infer.evaluate import final_answer, known_answer, same_answer
     from ..infer.sampling import Sampling
     from ..models.hf import load
     from ..models.tokenizer import load_tokenizer
 
-    with Engine(load(model, dtype=dtype), load_tokenizer(model), max_seqs=max_seqs) as engine:
+    tokenizer = load_tokenizer(model)
+    with Engine(load(model, dtype=dtype), tokenizer, max_seqs=max_seqs) as engine:
 
         def sample(prompts: list[str], n: int, seeds: list[int]) -> list[list[str | None]]:
             ask = lambda seed: Sampling(temperature=temperature, max_tokens=max_new_tokens, n=n, seed=seed)
@@ -489,7 +502,10 @@ def _completer(
         def check(problem: Mapping[str, Any], text: str) -> bool:
             return same_answer(final_answer(text), known_answer(problem["answer"]))
 
-        yield sample, check
+        def fits(text: str) -> bool:
+            return len(tokenizer.encode(text)) + max_new_tokens <= engine.max_len
+
+        yield sample, check, fits
 
 
 def _questions(data: str) -> Sequence[Row]:

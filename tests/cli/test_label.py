@@ -126,6 +126,17 @@ def test_steps_are_labelled_by_completions_truth_or_outcome_and_files_can_agree(
     status, _, err = run(*base, tmp_path / "mc.jsonl", *drawn, "--temperature", 0.5)
     assert (status, "Set the same, or name another file" in err) == (1, True)
 
+    write(tmp_path / "rows.jsonl", [rows[0], rows[0] | {"id": "long", "steps": ["3 + 4 = 7"] * 40}, rows[1]])
+    status, _, err = run(*base, tmp_path / "some.jsonl", *drawn)
+    assert (status, "1 solutions are too long for the completer, the first long; they are left out" in err) == (0, True)
+    assert rows_of(tmp_path / "some.jsonl") == labelled
+    status, _, err = run(*base, tmp_path / "none.jsonl", *drawn[:4], "--max-new-tokens", 500)
+    assert (status, "--max-new-tokens 500 fits behind no row" in err) == (1, True)
+    for change, message in (({"prompt": [{"role": "user", "content": "?"}]}, "prompt"), ({"id": None}, "id")):
+        write(tmp_path / "bad.jsonl", [rows[0] | change])
+        status, _, err = run("label", "steps", "--data", tmp_path / "bad.jsonl", "--out", tmp_path / "n.jsonl", *drawn)
+        assert (status, message in err, "Traceback" in err) == (1, True, False)
+
     files = ("--weak", tmp_path / "mc.jsonl", "--strong", tmp_path / "truth.jsonl", "--out", tmp_path / "kept.jsonl")
     status, out, _ = run("label", "agree", *files, "--keep", "step", "--json")
     report = json.loads(out)
