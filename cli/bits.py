@@ -82,14 +82,14 @@ def eval_bits(
     rows = _rows(tokenizer, data, limit, questions, arithmetic_level, arithmetic_hi)
     at = lambda b: master._replace(params=switch_bits(master.params, b, quant))
     entries: list[dict[str, Any]] = [{"name": f"{b} bits", "kind": "width", "bits": b, "model": at(b)} for b in widths]
+    for entry in entries:
+        _expect_width(model, entry["model"], entry["bits"])
     for pair in single:
         width, equals, folder = pair.partition("=")
         if not equals or not width.isdecimal():
             raise UsageError(f"eval bits: --single {pair}; expected WIDTH=FOLDER.")
         other = load(folder, dtype=dtype, bits=int(width))
-        if int(width) not in (served := _served(other)):  # a master that does not reach it serves at its nearest
-            own = ", ".join(map(str, served))
-            raise ValueError(f"eval bits: {folder} serves at {own} bits; expected a model that was trained at {width}.")
+        _expect_width(folder, other, int(width))
         entries.append({"name": f"{width} bits alone", "kind": "single", "bits": int(width), "model": other})
     if plain is not None:
         entries.append({"name": "float", "kind": "plain", "bits": None, "model": load(plain, dtype=dtype)})
@@ -125,14 +125,17 @@ def eval_bits(
 
 
 # ----------------------------------------------------------------------------------------------------------- private
-def _served(model: Any) -> list[int]:
-    """Widths of the matrices of a model."""
+def _expect_width(folder: Any, model: Any, width: int) -> None:
+    """Some matrix has it: a master that does not reach a width serves at its nearest."""
     import jax
 
     from ..jaxlib_ext.qmm import QuantisedMatrix
 
     is_matrix = lambda leaf: isinstance(leaf, QuantisedMatrix)
-    return sorted({leaf.bits for leaf in jax.tree.leaves(model.params, is_leaf=is_matrix) if is_matrix(leaf)})
+    served = {leaf.bits for leaf in jax.tree.leaves(model.params, is_leaf=is_matrix) if is_matrix(leaf)}
+    if width not in served:
+        own = ", ".join(map(str, sorted(served)))
+        raise ValueError(f"eval bits: {folder} serves at {own} bits; expected a model that can at {width}.")
 
 
 def _table(entries: list[dict[str, Any]]) -> Iterator[str]:

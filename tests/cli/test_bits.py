@@ -79,7 +79,9 @@ def test_eval_bits_says_what_is_wrong(run, quantised, speaking, tmp_path):
     assert "bits ..." not in err  # nothing was measured in vain
     assert run("quantise", speaking, tmp_path / "four", "--bits", 4)[0] == 0
     status, _, err = run(*base, "--model", quantised, "--single", f"8={tmp_path / 'four'}")
-    assert (status, "serves at 4 bits; expected a model that was trained at 8" in err) == (1, True)
+    assert (status, "serves at 4 bits; expected a model that can at 8" in err) == (1, True)
+    status, _, err = run(*base, "--model", tmp_path / "four", "--bits", 8)
+    assert (status, "serves at 4 bits; expected a model that can at 8" in err) == (1, True)
     assert not (tmp_path / "r").exists()
 
 
