@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from ..infer.speculative.settings import SpeculationConfig
-from .output import Bits, FloatType, UsageError, check_limit, dumps, load_model
+from .output import Bits, FloatType, UsageError, check_limit, dumps, expect_folder, load_model
 
 
 def bench_speculative(
@@ -58,8 +58,7 @@ def bench_speculative(
         raise UsageError("bench speculative: expected --drafter, a folder or lookup.")
     if batch < 1 or repeats < 1:
         raise UsageError(f"bench speculative: --batch {batch}, --repeats {repeats}; expected at least 1 of each.")
-    if out.is_file():
-        raise UsageError(f"bench speculative: --out {out} is a file; expected a folder, or nothing yet.")
+    expect_folder("bench speculative", out)
     check_limit(limit)
     questions = read_questions(prompts)[:limit]
     loaded, at_width = load_model(model, dtype=dtype, bits=bits)

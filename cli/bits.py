@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .output import Bits, FloatType, UsageError, dumps, problems, read_bits
+from .output import Bits, FloatType, UsageError, dumps, expect_folder, problems, read_bits
 
 
 def eval_bits(
@@ -59,13 +59,12 @@ def eval_bits(
       arithmetic_hi: size of their numbers.
       json: print one JSON object.
     """
-    least = {"--limit": (limit, 1), "--samples": (samples, 1), "--sensitivity-rows": (sensitivity_rows, 1)}
-    least |= {"--batch": (batch, 1), "--plans": (plans, 0), "--questions": (questions, 0), "--repeats": (repeats, 0)}
+    least = {"--samples": (samples, 1), "--sensitivity-rows": (sensitivity_rows, 1), "--batch": (batch, 1)}
+    least |= {"--plans": (plans, 0), "--questions": (questions, 0), "--repeats": (repeats, 0)}
     for name, (value, low) in least.items():  # now: most would be found wrong when all is measured
-        if value is not None and value < low:
+        if value < low:
             raise UsageError(f"eval bits: {name} {value}; expected at least {low}.")
-    if out.is_file():
-        raise UsageError(f"eval bits: --out {out} is a file; expected a folder, or nothing yet.")
+    expect_folder("eval bits", out)
 
     from ..infer.widths import decode_speed, plot_widths, quality, weigh
     from ..models.hf import load, load_master

@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 import tyro
 
 from ..infer.guided.settings import GuideConfig
-from .output import Bits, FloatType, UsageError, check_limit, dumps, expect_files, load_model, problems, write_whole
+from .output import Bits, FloatType, UsageError, check_limit, dumps, expect_files, load_model, problems, write_rows
 
 
 def eval_lm(
@@ -134,7 +134,7 @@ def eval_answers(
         report = evaluate_answers(engine, questions, settings, samples=samples, progress=not json)
     result = {name: value for name, value in report._asdict().items() if name != "rows"}
     if out is not None:
-        write_whole(out, "".join(dumps(row) + "\n" for row in report.rows))
+        write_rows(out, report.rows)
     low, high = report.interval
     line = f"accuracy {report.accuracy:.4f} (95 %: {low:.4f} to {high:.4f}) over {report.n} questions"
     most = max(report.pass_at)
@@ -201,7 +201,7 @@ def eval_prm(
     tuning = [steps for _, steps in scored(tune)] if tune else ()
     report = evaluate_steps([steps for _, steps in found], threshold=threshold, tuning=tuning)
     if out is not None:
-        write_whole(out, "".join(dumps(row) + "\n" for row, _ in found))
+        write_rows(out, (row for row, _ in found))
     if plot is not None:
         plot_reliability(plot, report.reliability)
     show = lambda value: "not defined" if value is None else f"{value:.4f}"
@@ -296,7 +296,7 @@ def eval_best_of_n(
         worths = {how: [aggregate(s, how) for s in steps] for how in get_args(Aggregator)}
         candidates.append(Candidates(row["correct"], finals, worths))
     if out is not None:
-        write_whole(out, "".join(dumps(row) + "\n" for row in answered))
+        write_rows(out, answered)
     found = curves(candidates, seed=seed)
     # A scorer may know which questions are hard, and nothing of which answer is right: then only the first is high.
     number = [i for i, c in enumerate(candidates) for _ in c.right]

@@ -7,11 +7,11 @@ import json as jsonlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .output import FloatType, UsageError, dumps, write_whole
+from .output import FloatType, UsageError, check_limit, dumps, write_rows
 from .shards import shard_of
 
 Row = dict[str, Any]
@@ -75,8 +75,9 @@ def label_sample(
         raise UsageError(
             f"label sample: --samples {samples}, --temperature {temperature}; expected some, all different."
         )
-    if first < 0 or (limit is not None and limit < 1):
-        raise UsageError(f"label sample: --first {first}, --limit {limit}; expected 0 or more, and 1 or more.")
+    if first < 0:
+        raise UsageError(f"label sample: --first {first}; expected 0 or more.")
+    check_limit(limit)
     if data == "builtin:arithmetic":
         hard = ArithmeticConfig(level=arithmetic_level, hi=arithmetic_hi)
         problems = [_arithmetic(hard, i) for i in range(first, first + (limit or 1000))]
@@ -211,7 +212,7 @@ def label_steps(
         from ..train.labels.truth import outcome_row
 
         labelled = [outcome_row(row, bool(row["outcome"])) for row in rows]
-    _write(out, labelled)
+    write_rows(out, labelled)
     flat = [x for row in labelled for x in row["labels"] if x is not None]
     share = f", {sum(flat) / len(flat):.1%} of {len(flat)} labels right" if flat else ""
     print(f"wrote {out}: {len(labelled)} solutions{share}", file=sys.stderr)
@@ -247,7 +248,7 @@ def label_agree(
     else:
         assert judge is not None
         kept, report = consensus(read_solutions(strong), judge, cfg)
-    _write(out, kept)
+    write_rows(out, kept)
     print(
         dumps(report._asdict())
         if json
@@ -287,7 +288,7 @@ def label_feedback(
         except ValueError as error:
             raise ValueError(f"label feedback: row {i} of {data}: {error}") from error
         examples.append({**({"id": row["id"]} if "id" in row else {}), **example})
-    _write(out, examples)
+    write_rows(out, examples)
     steps = sum(len(row["steps"]) for row in rows)
     lines = sum(example["completion"].count("\n") + 1 for example in examples)
     report = {"solutions": len(examples), "steps": steps, "lines": lines, "without_steps": len(rows) - len(examples)}
@@ -357,7 +358,7 @@ def label_split(
     steps = sum(map(len, split))
     report |= {"steps": steps, "mean_steps": steps / max(len(kept), 1)}
     rest = [{name: value for name, value in row.items() if name not in _OF_STEPS} for row, _ in kept]
-    _write(out, ({**row, "steps": new, "joiner": ""} for row, new in zip(rest, split, strict=True)))
+    write_rows(out, ({**row, "steps": new, "joiner": ""} for row, new in zip(rest, split, strict=True)))
     print(dumps(report) if json else f"{cut}{len(kept)} solutions, {report['mean_steps']:.2f} steps each")
     print(f'wrote {out}: train on it with --between ""', file=sys.stderr)
     return 0
@@ -557,7 +558,3 @@ def _mark(model: Path) -> str:
             file.seek(max(0, size - 2**16))
             digest.update(file.read() + str(size).encode())
     return digest.hexdigest()
-
-
-def _write(path: Path, rows: Iterable[Row]) -> None:
-    write_whole(path, "".join(dumps(row) + "\n" for row in rows))

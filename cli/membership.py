@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from .output import UsageError, dumps, write_whole
+from .output import UsageError, dumps, write_rows, write_whole
 
 LEARNED = "Here"  # is given, and all that follows in a wrapped text is learned: at this border no tokenizer merges
 LISTS = 8  # batches that training sorts by length and deals at random, see train/data/pipeline.py
@@ -319,7 +319,7 @@ def _save(out: Path, report: dict[str, Any], test: _Part, scores: dict[str, Any]
     write_whole(out / "membership.json", jsonlib.dumps(report, indent=2) + "\n")
     columns = {"row": test.rows, "label": test.labels, **{name: values.tolist() for name, values in scores.items()}}
     lines = (dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True))
-    write_whole(out / "scores.jsonl", "".join(dumps(line) + "\n" for line in lines))
+    write_rows(out / "scores.jsonl", lines)
     print(f"wrote {out / 'membership.json'} and {out / 'scores.jsonl'}", file=sys.stderr)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -124,6 +124,12 @@ def expect_files(command: str, **files: Path | None) -> None:
             raise UsageError(f"{command}: --plot {path}: expected a name that ends in {', '.join(PICTURES)}.")
 
 
+def expect_folder(command: str, out: Path) -> None:
+    """Refuse a file where a folder will be written when all is measured."""
+    if out.is_file():
+        raise UsageError(f"{command}: --out {out} is a file; expected a folder, or nothing yet.")
+
+
 def write_whole(path: Path, text: str) -> None:
     """The file with this text or, if something goes wrong, as it was."""
     partial = path.with_name(f".{path.name}.partial")
@@ -132,6 +138,11 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """A line of JSON for each row: all of them or, if something goes wrong, the file as it was."""
+    write_whole(path, "".join(dumps(row) + "\n" for row in rows))
 
 
 def cut_half_line(path: Path) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from .output import UsageError
+from .output import UsageError, write_rows, write_whole
 
 Name = Literal["policies", "rewards", "improve", "bits", "drafts"]
 CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # programs that run a few times
@@ -51,7 +51,7 @@ def _quickstart(out: Path, only: tuple[str, ...], smoke: bool, call: Callable[[l
     out.mkdir(parents=True, exist_ok=True)
     if settings.exists() and (then := json.loads(settings.read_text(encoding="utf-8"))["smoke"]) != smoke:
         raise UsageError(f"quickstart: {out} was begun {'with' if then else 'without'} --smoke; go on in the same way.")
-    settings.write_text(json.dumps({"smoke": smoke}) + "\n", encoding="utf-8")
+    write_whole(settings, json.dumps({"smoke": smoke}) + "\n")
     sizes = stages.SMOKE if smoke else stages.Sizes()
     flags = os.environ.get("XLA_FLAGS", "")
     if smoke and "optimization_level" not in flags:  # before any of its commands starts JAX
@@ -77,5 +77,4 @@ def _questions(path: Path, number: int) -> None:
 
     if not path.exists():
         examples = ArithmeticExamples(ArithmeticConfig(**TASK), "test", number)
-        rows = [{"prompt": examples[i]["prompt"]} for i in range(len(examples))]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_rows(path, ({"prompt": examples[i]["prompt"]} for i in range(len(examples))))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .output import write_whole
 from .stages import Ran, Stage, read_done
 
 SOLUTIONS = 12  # in the map of step scores
@@ -46,9 +47,7 @@ def write(out: Path, stages: Sequence[Stage]) -> Path:
     pages = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     total = sum(one.seconds for one in done)
     page = out / "report.html"
-    partial = page.with_suffix(".partial")
-    partial.write_text(pages.from_string(PAGE).render(made=made, total=total, machine=_machine()), encoding="utf-8")
-    partial.replace(page)
+    write_whole(page, pages.from_string(PAGE).render(made=made, total=total, machine=_machine()))
     return page
 
 

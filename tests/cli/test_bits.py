@@ -71,7 +71,7 @@ def test_eval_bits_says_what_is_wrong(run, quantised, speaking, tmp_path):
     assert (status, "--single 4; expected WIDTH=FOLDER" in err) == (2, True)
     status, _, err = run(*base, "--model", quantised, "--single", "\N{SUPERSCRIPT TWO}=x")
     assert (status, "expected WIDTH=FOLDER" in err) == (2, True)
-    for option, value in (("--repeats", -1), ("--plans", -1), ("--questions", -1), ("--limit", 0), ("--samples", 0)):
+    for option, value in (("--repeats", -1), ("--plans", -1), ("--questions", -1), ("--samples", 0)):
         status, _, err = run(*base, "--model", quantised, option, value)
         assert (status, f"eval bits: {option} {value}; expected at least {value + 1}" in err) == (2, True)
     status, _, err = run(*base[:-1], tmp_path / "rows.jsonl", "--model", quantised, *SHORT, "--repeats", 0)

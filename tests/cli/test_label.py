@@ -322,8 +322,8 @@ def test_a_split_that_fails_leaves_what_was_there(run, policy, tmp_path, change,
     [
         ("label sample --model {policy} --data builtin:arithmetic --out {tmp}/o --samples 0", 2, "--samples 0"),
         ("label sample --model {policy} --data builtin:arithmetic --out {tmp}/o --temperature 0", 2, "all different"),
-        ("label sample --model {tmp}/none --data builtin:arithmetic --out {tmp}/o --limit 0", 2, "--limit 0; expected"),
-        ("label sample --model {tmp}/none --data {tmp}/odd.jsonl --out {tmp}/o --first -1", 2, "--first -1, --limit"),
+        ("label sample --model {tmp}/none --data builtin:arithmetic --out {tmp}/o --limit 0", 2, "--limit 0: expected"),
+        ("label sample --model {tmp}/none --data {tmp}/odd.jsonl --out {tmp}/o --first -1", 2, "--first -1; expected"),
         ("label sample --model {tmp}/none --data builtin:arithmetic --out {tmp}/o", 1, "none"),
         (
             "label sample --model {policy} --data builtin:arithmetic --out {tmp}/odd.jsonl",

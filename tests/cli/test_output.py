@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxaroo.cli.output import UsageError, cut_half_line, dumps, expect_files, write_whole
+from jaxaroo.cli.output import UsageError, cut_half_line, dumps, expect_files, expect_folder, write_rows, write_whole
 
 
 @dataclasses.dataclass
@@ -59,3 +59,13 @@ def test_files_that_could_not_be_written_are_refused_by_flag(tmp_path):
     ):
         with pytest.raises(UsageError, match="eval prm: " + message):
             expect_files("eval prm", **files)
+
+
+@pytest.mark.errors
+def test_a_file_is_no_folder_to_write_to(tmp_path):
+    expect_folder("eval bits", tmp_path)
+    expect_folder("eval bits", tmp_path / "new")
+    write_rows(path := tmp_path / "rows.jsonl", iter([{"a": 1}, {"b": "Züge"}]))
+    assert path.read_text(encoding="utf-8") == '{"a": 1}\n{"b": "Züge"}\n'
+    with pytest.raises(UsageError, match=r"eval bits: --out .*rows.jsonl is a file; expected a folder"):
+        expect_folder("eval bits", path)
